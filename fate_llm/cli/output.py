@@ -1,0 +1,65 @@
+"""How commands print: text for people, or exactly one JSON document; errors with their code, hint and exit code."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from fate_llm.core.errors import FateError, PipelineInvalid
+
+__all__ = ["error_document", "json_option", "pipeline_argument", "print_json", "reports_errors", "set_option"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout.")
+set_option = click.option(
+    "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a value, e.g. job.seed=8; may be repeated."
+)
+pipeline_argument = click.argument("pipeline", type=click.Path(path_type=Path, dir_okay=False))
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def error_document(error: FateError) -> dict[str, Any]:
+    """{"ok": false, "errors": [{"code", "file", "line", "path", "message", "hint"}]}."""
+    if isinstance(error, PipelineInvalid):
+        return {"ok": False, "errors": [fault.as_dict() for fault in error.faults]}
+    return {"ok": False, "errors": [{"file": None, "line": None, "path": "", **error.as_dict()}]}
+
+
+def reports_errors(command: Command) -> Command:
+    """Turn an error of ours into text on stderr (or the JSON document on stdout) and its exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except FateError as error:
+            if kwargs.get("as_json"):
+                print_json(error_document(error))
+            else:
+                _explain(error)
+            sys.exit(error.exit_code)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _explain(error: FateError) -> None:
+    if isinstance(error, PipelineInvalid):
+        for fault in error.faults:
+            click.echo(str(fault), err=True)
+        count = len(error.faults)
+        click.secho(f"{count} fault{'s' if count != 1 else ''}; nothing was run", fg="red", err=True)
+        return
+    click.secho(f"error [{error.code}]: {error.message}", fg="red", err=True)
+    if error.hint:
+        click.echo(f"hint: {error.hint}", err=True)

@@ -1,0 +1,140 @@
+"""What `submit` shows while a job runs: a live table on a terminal, a line per event elsewhere."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from types import TracebackType
+from typing import IO, Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from fate_llm.runtime.events import Event
+
+__all__ = ["Progress", "size_text"]
+
+
+def size_text(count: float) -> str:
+    """Bytes for people: 1.86 MB (powers of 1000)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+@dataclass(slots=True)
+class _Row:
+    """The present state of one party."""
+
+    task: str = "-"
+    doing: str = "waiting"
+    round: str = "-"
+    step: str = "-"
+    loss: str = "-"
+    test_loss: str = "-"
+    sent: str = "0 B"
+
+
+class Progress:
+    """Observes a job's events. Use as a context manager around the run."""
+
+    def __init__(self, *, stream: IO[str], quiet: bool = False) -> None:
+        self._console = Console(file=stream, highlight=False)
+        self._quiet = quiet
+        self._rows: dict[str, _Row] = {}
+        self._lock = threading.Lock()
+        self._started = time.monotonic()
+        self._live: Live | None = None
+        if not quiet and self._console.is_terminal:
+            self._live = Live(console=self._console, refresh_per_second=4, get_renderable=self._table)
+
+    def __enter__(self) -> Progress:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """One line that stays."""
+        if not self._quiet:
+            self._console.print(text, soft_wrap=True, markup=False)
+
+    def observe(self, event: Event) -> None:
+        """Take one event of the job; called from any thread."""
+        with self._lock:
+            self._note(event)
+            sent = self._rows[event.party].sent if event.party in self._rows else ""
+        if not self._quiet and (text := _sentence(event, sent)) is not None:
+            if self._live is None or event.kind in ("note", "party_failed", "refused", "ignored", "retry"):
+                self.say(f"{time.monotonic() - self._started:7.1f} s  {text}")
+
+    def _note(self, event: Event) -> None:
+        if not event.party:
+            return
+        row, fields = self._rows.setdefault(event.party, _Row()), event.fields
+        if event.task:
+            row.task = event.task
+        row.doing = _DOING.get(event.kind, row.doing)
+        if event.kind == "step":
+            row.step = f"{fields['step']}/{fields['steps']}"
+        if "round" in fields and "rounds" in fields:
+            row.round = f"{fields['round']}/{fields['rounds']}"
+        if fields.get("loss") is not None:
+            row.loss = f"{fields['loss']:.3f}"
+        if "sent_bytes" in fields:
+            row.sent = size_text(fields["sent_bytes"])
+
+    def _table(self) -> Table:
+        table = Table(title=f"{time.monotonic() - self._started:.0f} s", title_justify="left")
+        for name in ("party", "task", "doing", "round", "step", "loss", "sent"):
+            table.add_column(name)
+        with self._lock:
+            for party, row in self._rows.items():
+                table.add_row(party, row.task, row.doing, row.round, row.step, row.loss, row.sent)
+        return table
+
+
+_DOING = {
+    "task_started": "starting",
+    "encoded": "reading",
+    "step": "training",
+    "round_state": "new state",
+    "round": "training",
+    "round_closed": "aggregating",
+    "scored": "scoring",
+    "task_finished": "done",
+    "party_finished": "finished",
+    "party_failed": "failed",
+}
+
+
+def _sentence(event: Event, sent: str) -> str | None:
+    """One line for an event, or None for those that are not worth one. sent: what the party has sent so far."""
+    fields: Any = event.fields
+    who = f"{event.party:<12} {event.task:<10}"
+    if event.kind == "round":
+        parts = [f"round {fields['round']}/{fields['rounds']}", f"local loss {fields['local_loss']:.3f}"]
+        parts += [f"all parties' loss {fields['loss']:.3f}", f"{fields['tokens']} tokens trained"]
+        return f"{who} {', '.join(parts)}, {sent} sent so far"
+    if event.kind == "step":
+        return f"{who} round {fields['round']}/{fields['rounds']} step {fields['step']}/{fields['steps']} loss {fields['loss']:.3f}"
+    if event.kind == "round_closed":
+        missing = f", missing {', '.join(fields['missing'])}" if fields["missing"] else ""
+        return f"{who} round {fields['round']}/{fields['rounds']} summed over {len(fields['contributors'])} parties{missing}"
+    if event.kind == "note":
+        return f"{who} {fields['text']}"
+    if event.kind == "party_failed":
+        return f"{who} failed [{fields['code']}]: {fields['message']}"
+    if event.kind in ("refused", "ignored", "retry", "data", "trainable", "scored", "task_started", "task_finished"):
+        details = ", ".join(f"{key} {value}" for key, value in fields.items())
+        return f"{who} {event.kind.replace('_', ' ')}: {details}"
+    return None

@@ -1,0 +1,1 @@
+"""One file per update hook; the file's name is what `hooks:` says."""

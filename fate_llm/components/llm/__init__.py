@@ -1,0 +1,1 @@
+"""What the language model components share: models, records, templates, local training, scores."""

@@ -1,0 +1,123 @@
+"""What a training or scoring task will cost, told from headers of files alone, before anything runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fate_llm.core.errors import ModelError
+from fate_llm.core.interfaces import Estimate, PlanView, Traffic
+from fate_llm.protocols.tensors import container_overhead
+
+from .adapters import planned_layout
+from .modelref import ModelShapes, locate, read_shapes
+
+__all__ = ["sum_traffic", "training_cost"]
+
+ENVELOPE = 600  # bytes of an envelope's header with its names, digest and sums: seen 420 to 720
+LIBRARIES = 650 * 2**20  # resident bytes of the interpreter with torch, transformers and peft
+PER_PARTY = 6 * 2**20  # a module tree of one's own, optimiser and trainer objects beside the tensors
+
+
+def training_cost(view: PlanView) -> Estimate:
+    """Messages and memory of a homo_llm_trainer task; unknown where the model's files are not on this machine."""
+    params = next(iter(view.params.values()))
+    shapes = _shapes(params, view)
+    layout = planned_layout(shapes, params.peft) if shapes else None
+    if shapes is None or layout is None:
+        return Estimate(_exchanges(view, params.rounds, None), None, ("the model's shapes are not known here",))
+    values = {name: ("F32", shape) for name, shape in layout.items()}
+    size = container_overhead(values) + 4 * _count(layout) + ENVELOPE
+    memory, note = _memory(view, params, shapes, _count(layout))
+    return Estimate(_exchanges(view, params.rounds, size), memory, (note,))
+
+
+def _shapes(params: Any, view: PlanView) -> ModelShapes | None:
+    try:
+        return read_shapes(locate(params.model, lambda path: view.base / path))
+    except ModelError:
+        return None
+
+
+def _count(layout: Mapping[str, tuple[int, ...]]) -> int:
+    total = 0
+    for shape in layout.values():
+        size = 1
+        for n in shape:
+            size *= n
+        total += size
+    return total
+
+
+def _exchanges(view: PlanView, rounds: int, size: int | None) -> tuple[Traffic, ...]:
+    """Hello, the first state, a term and a state every round, and the closing sum, party by party."""
+    found: list[Traffic] = []
+    coordinator = view.cohort.coordinator
+    for index, party in enumerate(view.cohort.contributors):
+        if party == coordinator:
+            continue
+        if index == 0:
+            found.append(Traffic(party, coordinator, "first state", 1, size))
+        else:
+            found.append(Traffic(party, coordinator, "hello", 1, ENVELOPE))
+        found.append(Traffic(coordinator, party, "first state", 1, size))
+        found.append(Traffic(party, coordinator, "update", rounds, size))
+        found.append(Traffic(coordinator, party, "new state", rounds, size))
+    return (*found, *sum_traffic(view))
+
+
+def sum_traffic(view: PlanView) -> tuple[Traffic, ...]:
+    """Messages of one sum of numbers outside the rounds: two each way."""
+    coordinator = view.cohort.coordinator
+    others = [party for party in view.cohort.contributors if party != coordinator]
+    up = [Traffic(party, coordinator, "sums", 2, ENVELOPE) for party in others]
+    down = [Traffic(coordinator, party, "sums", 2, ENVELOPE) for party in others]
+    return (*up, *down)
+
+
+def _memory(view: PlanView, params: Any, shapes: ModelShapes, trainable: int) -> tuple[int | None, str]:
+    """Peak resident bytes of one party's own process."""
+    tokens, note = _longest_batch(view, params)
+    if tokens is None:
+        return None, note
+    width = {"bfloat16": 2, "float16": 2}.get(params.loading.dtype, 4)
+    weights = shapes.parameters * width
+    full = params.peft.method == "full"
+    state = trainable * 4 * (4 if full else 6)  # weights or copies, gradient, two moments, global state, update
+    per_layer = 14 * shapes.hidden + 5 * shapes.intermediate
+    kept = per_layer * (2 if params.gradient_checkpointing else shapes.layers)
+    logits = 3 * shapes.vocabulary * 4  # logits, their float32 copy, their gradient
+    return LIBRARIES + PER_PARTY + weights + state + tokens * (kept * width + logits), note
+
+
+def _longest_batch(view: PlanView, params: Any) -> tuple[int | None, str]:
+    """Tokens of the widest batch: from the largest data file on this machine at 3.5 characters a token."""
+    paths = [source for sources in view.upstream.get("train", {}).values() for source in _data_paths(sources, view)]
+    longest = max((_longest_record(path) for path in paths), default=0)
+    if not longest:
+        return None, "memory: the data is not on this machine, so the length of a record is not known"
+    length = min(params.max_length, int(longest / 3.5) + 12)
+    return length * params.batch_size, f"memory: records of at most {length} tokens in batches of {params.batch_size}"
+
+
+def _data_paths(source: Any, view: PlanView) -> list[Path]:
+    _, params = source
+    path = getattr(params, "path", None)
+    file = view.base / path if isinstance(path, str) else None
+    return [file] if file is not None and file.is_file() and file.suffix == ".jsonl" else []
+
+
+def _longest_record(path: Path, most: int = 10_000) -> int:
+    """Characters of values of the longest of the first records of a JSONL file."""
+    longest = 0
+    with path.open(encoding="utf-8", errors="replace") as stream:
+        for _, line in zip(range(most), stream, strict=False):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                longest = max(longest, sum(len(v) for v in record.values() if isinstance(v, str)))
+    return longest

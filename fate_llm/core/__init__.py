@@ -1,0 +1,1 @@
+"""Kernel: values, errors and the seams. No torch, no pika, no network."""

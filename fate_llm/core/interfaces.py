@@ -1,0 +1,461 @@
+"""The seams: small protocols, each with one contract suite (`tests/contracts/`) run on every implementation.
+
+Transport      moves frames between parties            fate_llm/protocols/transports/
+SecureSum      a weighted sum without showing terms    fate_llm/protocols/sums/
+Aggregator     how a total changes the global state    fate_llm/components/aggregators/
+UpdateHook     before sending, after summing           fate_llm/components/hooks/
+Component      what a pipeline line names              fate_llm/components/
+Context        all that a component sees               fate_llm/runtime/context.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+
+from pydantic import BaseModel, ConfigDict
+
+from .values import Arrays, Artifact, ArtifactKind, Cohort, Payload, Role, Roster, RoundResult, Total, Update
+
+__all__ = [
+    "Aggregator",
+    "Buffer",
+    "Channel",
+    "Component",
+    "Context",
+    "ContributorRound",
+    "ContributorRounds",
+    "CoordinatorRound",
+    "CoordinatorRounds",
+    "Delivery",
+    "Drop",
+    "Estimate",
+    "Frozen",
+    "HookStage",
+    "Keep",
+    "Layout",
+    "PassThrough",
+    "PlanView",
+    "Port",
+    "PredictRule",
+    "Replace",
+    "SecureSum",
+    "SumAction",
+    "SumContribute",
+    "SumEvent",
+    "SumExpired",
+    "SumFinished",
+    "SumParty",
+    "SumReceived",
+    "SumSend",
+    "SumServer",
+    "Traffic",
+    "Transport",
+    "UpdateHook",
+]
+
+T = TypeVar("T")
+Buffer = bytes | bytearray | memoryview
+Layout = Mapping[str, tuple[int, ...]]
+
+
+class Frozen(BaseModel):
+    """Base of every schema: unknown fields are refused, values do not change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+# --- Transport ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One frame as it arrived.
+
+    `tag` belongs to the transport that made it; a tag dies with its connection.
+    """
+
+    sender: str
+    body: memoryview
+    tag: object
+    redelivered: bool = False
+
+
+class Transport(Protocol):
+    """Moves opaque frames between the parties of a job, at least once.
+
+    Nothing acknowledged is lost to the sender's side of the contract; what is not acknowledged comes again
+    after a reconnect; duplicates are visible (not hidden); order is kept per sender and receiver, unless a
+    fault
+    breaks it.
+    """
+
+    def send(self, receiver: str, parts: Sequence[Buffer]) -> int:
+        """Queue one frame (the parts, joined) for `receiver`; returns its bytes.
+
+        Returns when the frame is safe.
+        """
+        ...
+
+    def receive(self, timeout: float | None) -> Delivery | None:
+        """The next frame, or None after `timeout` seconds (None: wait until a frame or `close`)."""
+        ...
+
+    def ack(self, delivery: Delivery) -> None:
+        """What the delivery carried is safe here; it will not come again."""
+        ...
+
+    def close(self) -> None:
+        """Stop; a waiting `receive` returns or raises TransportClosed. Closing twice is fine."""
+        ...
+
+
+class Channel(Protocol):
+    """Named, typed conversation with the other parties of a task."""
+
+    def send(self, receiver: str, name: str, payload: Payload) -> None: ...
+
+    def receive(self, sender: str, name: str, *, timeout: float | None = None) -> Payload: ...
+
+    def broadcast(self, name: str, payload: Payload) -> None:
+        """To every other member of the task's cohort."""
+        ...
+
+    def gather(self, name: str, *, timeout: float | None = None) -> dict[str, Payload]:
+        """One payload from every other contributor of the cohort, in roster order."""
+        ...
+
+    def aggregate(self, name: str, sums: Mapping[str, float] | None, *, protection: str) -> dict[str, float]:
+        """Add up numbers outside the rounds; everyone gets the sums.
+
+        Contributors pass their own additive numbers, the coordinator's side passes None.
+        """
+        ...
+
+
+# --- SecureSum ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SumContribute:
+    """To a contributor's machine: here is this party's term."""
+
+    update: Update
+
+
+@dataclass(frozen=True, slots=True)
+class SumReceived:
+    """A message of the sum's conversation arrived."""
+
+    sender: str
+    body: Payload
+
+
+@dataclass(frozen=True, slots=True)
+class SumExpired:
+    """The time for the present stage is over, or everyone still missing is known to be gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class SumSend:
+    """Send this message of the sum's conversation."""
+
+    receiver: str
+    body: Payload
+
+
+@dataclass(frozen=True, slots=True)
+class SumFinished:
+    """The server has the total."""
+
+    total: Total
+
+
+SumEvent = SumContribute | SumReceived | SumExpired
+SumAction = SumSend | SumFinished
+
+
+class SumParty(Protocol):
+    """A contributor's side of one sum: a pure machine."""
+
+    def handle(self, event: SumEvent) -> list[SumAction]: ...
+
+
+class SumServer(Protocol):
+    """The coordinator's side of one sum: a pure machine. `awaiting` are the parties of the present stage.
+
+    A term or message that the protocol does not allow raises PeerViolation and changes nothing. Fewer terms
+    than the cohort's quorum when the time is over raise QuorumLost.
+    """
+
+    @property
+    def awaiting(self) -> frozenset[str]: ...
+
+    def handle(self, event: SumEvent) -> list[SumAction]: ...
+
+
+class SecureSum(Protocol):
+    """How a weighted sum is computed. `hides_terms`: the coordinator learns the total and no term."""
+
+    hides_terms: ClassVar[bool]
+    summary: ClassVar[str]
+
+    def party(self, cohort: Cohort, me: str, layout: Layout) -> SumParty: ...
+
+    def server(self, cohort: Cohort, layout: Layout, *, keep_terms: bool = False) -> SumServer:
+        """layout: shapes by name that every term must have.
+
+        keep_terms: hand the single updates on in `Total.terms`; ProtectionError where terms are hidden.
+        """
+        ...
+
+
+# --- Aggregator and hooks -----------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Aggregator(Protocol):
+    """How a round's total changes the global state.
+
+    One instance lives through a job and may keep its own state.
+    """
+
+    needs_plaintext: ClassVar[bool]
+    Params: ClassVar[type[Frozen]]
+
+    def step(self, state: Arrays, total: Total) -> Arrays:
+        """The next global state (float32 by name). Neither argument is written to.
+
+        Raises ProtectionError on other names or shapes than the state's, and on values that are not finite.
+        """
+        ...
+
+
+class HookStage(IntEnum):
+    """Where a hook stands; hooks run in this order, whatever order the pipeline lists them in."""
+
+    COMPRESS = 10
+    CLIP = 20
+    WEIGHT = 30
+    NOISE = 40
+    CHECK = 50
+
+
+@runtime_checkable
+class UpdateHook(Protocol):
+    """Changes an update before it is sent, or a total after it is summed; never its input."""
+
+    stage: ClassVar[HookStage]
+    Params: ClassVar[type[Frozen]]
+
+    def before_send(self, update: Update, round_number: int) -> Update: ...
+
+    def after_sum(self, total: Total, round_number: int) -> Total: ...
+
+
+# --- Rounds -------------------------------------------------------------------------------------------------
+
+
+class ContributorRound(Protocol):
+    number: int
+
+    def contribute(
+        self, arrays: Arrays, *, weight: float, sums: Mapping[str, float] | None = None
+    ) -> RoundResult: ...
+
+
+class ContributorRounds(Protocol):
+    """A contributor's rounds.
+
+    `start` agrees on the first global state; iterating yields the rounds that are left.
+    """
+
+    def start(self, state: Arrays) -> Arrays: ...
+
+    def __iter__(self) -> Iterator[ContributorRound]: ...
+
+
+class CoordinatorRound(Protocol):
+    number: int
+
+    def collect(self) -> Total: ...
+
+    def publish(self, state: Arrays, *, stop: bool = False) -> None: ...
+
+
+class CoordinatorRounds(Protocol):
+    """The coordinator's rounds. `start` returns the first global state, as the first contributor sent it."""
+
+    def start(self) -> Arrays: ...
+
+    def __iter__(self) -> Iterator[CoordinatorRound]: ...
+
+
+# --- Components ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """A typed input or output of a component. many: a list of references may be given."""
+
+    kind: ArtifactKind
+    doc: str
+    required: bool = True
+    many: bool = False
+    roles: frozenset[Role] = frozenset({Role.GUEST, Role.HOST})
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Messages that a task will send: `times` messages of `bytes_each` to receiver (None: unknown)."""
+
+    sender: str
+    receiver: str
+    what: str
+    times: int
+    bytes_each: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a task will cost, or None where it cannot be told before it runs.
+
+    memory_bytes: peak resident memory of one party's process. notes: what the estimate rests on.
+    """
+
+    traffic: tuple[Traffic, ...] = ()
+    memory_bytes: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PlanView:
+    """What a component knows when it estimates: names and this machine's files, nothing of another party's.
+
+    base: folder that relative paths start from. params: validated `Params` by party.
+    upstream: for each input port, the (component, params) that makes it, by party.
+    """
+
+    task: str
+    roster: Roster
+    cohort: Cohort
+    params: Mapping[str, Any]
+    upstream: Mapping[str, Mapping[str, tuple[str, Any]]] = field(default_factory=dict)
+    base: Path = Path()
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """In a prediction pipeline the task stays as it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """In a prediction pipeline the task is left out, and what reads from it is an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassThrough:
+    """In a prediction pipeline the task is left out; who read an output reads that input's source."""
+
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Replace:
+    """In a prediction pipeline the task becomes `component`: `artifact` is the trained output it is given.
+
+    inputs: its input ports to the trained task's ports whose sources it reads. params: carried over by name.
+    """
+
+    component: str
+    artifact: str
+    inputs: Mapping[str, str]
+    params: tuple[str, ...] = ()
+
+
+PredictRule = Keep | Drop | PassThrough | Replace
+
+
+class Context(Protocol):
+    """All that a component sees. Nothing here names a broker, a mask, a retry or another component."""
+
+    party: str
+    role: Role
+    task: str
+    roster: Roster
+    cohort: Cohort
+    params: Any
+    inputs: Mapping[str, Artifact | tuple[Artifact, ...]]
+    channel: Channel
+
+    def output(self, name: str) -> Path:
+        """Where to write an output: a path in the job folder that does not exist yet (its parent does)."""
+        ...
+
+    def scratch(self) -> Path:
+        """A folder of this party and task for checkpoints; outlives the task, not an output."""
+        ...
+
+    def resolve(self, path: str) -> Path:
+        """A path of the pipeline: relative ones start at the pipeline file's folder."""
+        ...
+
+    def seed(self, *labels: str) -> int:
+        """31-bit seed of this job and these labels. Parties that pass the same labels get the same seed."""
+        ...
+
+    def contributor_rounds(
+        self, count: int, *, protection: str, hooks: Sequence[UpdateHook] = ()
+    ) -> ContributorRounds: ...
+
+    def coordinator_rounds(
+        self, count: int, *, protection: str, hooks: Sequence[UpdateHook] = (), keep_terms: bool = False
+    ) -> CoordinatorRounds: ...
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Hold the machine for computing; parties of one process take turns."""
+        ...
+
+    def pause_turn(self) -> AbstractContextManager[None]:
+        """Inside `turn`: let others compute while this party waits."""
+        ...
+
+    def shared(self, key: str, factory: Callable[[], T]) -> T:
+        """One object for all parties of this process, made by the first who asks. Nobody writes into it."""
+        ...
+
+    def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """Append to this party's metrics (JSON Lines)."""
+        ...
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Tell the party's observers (progress display, log) what happens. Fields hold nothing private."""
+        ...
+
+    def check_cancelled(self) -> None:
+        """Raise JobCancelled when the job was stopped."""
+        ...
+
+
+class Component(Protocol):
+    """What a pipeline line names. One file in `fate_llm/components/`; `Params` is its only schema.
+
+    The class's docstring is the manual's text. A role takes part when the class has a method of its name:
+    `guest(ctx)`, `host(ctx)`, `arbiter(ctx)`, `key_holder(ctx)`. Torch is imported inside those only.
+    """
+
+    Params: ClassVar[type[Frozen]]
+    inputs: ClassVar[Mapping[str, Port]]
+    outputs: ClassVar[Mapping[str, Port]]
+    predict_rule: ClassVar[PredictRule]
+
+    def needs_experiment(self, params: Any) -> str | None:
+        """Why these params are for experiments only (they show one party's data to another), or None."""
+        ...
+
+    def estimate(self, view: PlanView) -> Estimate: ...

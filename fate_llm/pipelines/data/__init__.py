@@ -1,0 +1,1 @@
+"""Demo data of the example pipelines: three lenders and what each of them alone knows."""

@@ -1,0 +1,209 @@
+"""Checks of the tasks' params as each party will see them, its overrides merged in."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticUndefined
+
+from fate_llm.core import plugins
+from fate_llm.core.errors import FateError
+from fate_llm.core.names import nearest
+
+from .dialect import Path
+from .draft import Draft
+from .faults import Found, found_by_pydantic, leaves
+
+__all__ = ["PluginField", "check_parameters", "plugin_fields"]
+
+
+@dataclass(frozen=True, slots=True)
+class PluginField:
+    """A setting that names a plug-in. holder: path of the params that the field belongs to."""
+
+    kind: str
+    name: str
+    path: Path
+    holder: Path
+
+
+def plugin_fields(model: Any, raw: Any, path: Path = ()) -> Iterator[PluginField]:
+    """Names of plug-ins in raw params: fields marked `json_schema_extra={"plugin": kind}`, at any depth."""
+    for leaf in leaves(model):
+        inner = [kind for kind in typing.get_args(leaf) if kind is not Ellipsis]
+        if isinstance(leaf, type) and issubclass(leaf, BaseModel) and isinstance(raw, Mapping):
+            yield from _of_model(leaf, raw, path)
+        elif isinstance(raw, Mapping) and len(inner) == 2:
+            for key, value in raw.items():
+                yield from plugin_fields(inner[1], value, (*path, key))
+        elif isinstance(raw, (list, tuple)) and inner:
+            for index, value in enumerate(raw):
+                yield from plugin_fields(inner[0], value, (*path, index))
+
+
+def _of_model(model: type[BaseModel], raw: Mapping[str, Any], path: Path) -> Iterator[PluginField]:
+    for name, info in model.model_fields.items():
+        key = info.alias or name
+        value = raw[key] if key in raw else info.get_default(call_default_factory=False)
+        extra = info.json_schema_extra
+        if isinstance(extra, dict) and "plugin" in extra:
+            yield from _names(str(extra["plugin"]), value, (*path, key), path)
+        elif value is not PydanticUndefined:
+            below = value.model_dump() if isinstance(value, BaseModel) else value
+            yield from plugin_fields(info.annotation, below, (*path, key))
+
+
+def _names(kind: str, value: Any, path: Path, holder: Path) -> Iterator[PluginField]:
+    """One name, a list of names, or a mapping from names to their settings."""
+    if isinstance(value, str):
+        yield PluginField(kind, value, path, holder)
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _names(kind, item, (*path, index), holder)
+    elif isinstance(value, Mapping):
+        for key in value:
+            yield from _names(kind, key, (*path, key), holder)
+
+
+def check_parameters(draft: Draft) -> None:
+    """Add a fault for every param that is wrong at some party, where it is written."""
+    for task in draft.spec.tasks:
+        _Task(draft, task).check()
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """The params of one task at one party. instance is None when they are not valid."""
+
+    party: str
+    raw: dict[str, Any]
+    instance: Any
+    found: list[Found]
+    plugins: tuple[PluginField, ...]
+
+
+class _Task:
+    """Checks the params of one task at all parties that run it."""
+
+    def __init__(self, draft: Draft, task: str) -> None:
+        self.draft, self.task = draft, task
+        self.component = draft.components[task]
+        self.views = self._views()
+
+    def _views(self) -> list[_View]:
+        """One for each party; parties without overrides share the work."""
+        views: list[_View] = []
+        plain: _View | None = None
+        for party in self.draft.runs[self.task] or [self.draft.spec.parties.guest]:
+            if self._override(party):
+                views.append(self._view(party))
+            else:
+                plain = plain or self._view(party)
+                views.append(_View(party, plain.raw, plain.instance, plain.found, plain.plugins))
+        return views
+
+    def _view(self, party: str) -> _View:
+        raw = self.draft.spec.params_for(party, self.task)
+        model = self.component.Params
+        named = tuple(plugin_fields(model, raw))
+        try:
+            return _View(party, raw, model.model_validate(raw), [], named)
+        except ValidationError as error:
+            return _View(party, raw, None, found_by_pydantic(error, raw, model), named)
+
+    def check(self) -> None:
+        unknown = {(view.party, field.path) for view in self.views for field in self._check_plugins(view)}
+        wrong: dict[tuple[str, Path, str, str], list[str]] = {}
+        for view in self.views:
+            for one in view.found:
+                if (view.party, one.path) not in unknown and not self._is_misshapen(view.party):
+                    wrong.setdefault((one.code, one.path, one.message, one.hint), []).append(view.party)
+        for (code, path, message, hint), parties in wrong.items():
+            self._place_fault(code, path, message, hint, parties)
+        for view in self.views:
+            self._check_experiment(view)
+
+    def _override(self, party: str) -> dict[str, Any]:
+        override = self.draft.spec.overrides.get(party, {}).get(self.task)
+        return override.params if override else {}
+
+    def _is_misshapen(self, party: str) -> bool:
+        """The params were taken out as a whole, which has a fault already."""
+        written = (self._raw("tasks", self.task), self._raw("overrides", party, self.task))
+        return any(isinstance(w, Mapping) and not isinstance(w.get("params", {}), Mapping) for w in written)
+
+    def _raw(self, *path: str) -> Any:
+        where: Any = self.draft.raw
+        for step in path:
+            where = where.get(step) if isinstance(where, Mapping) else None
+        return where
+
+    def _place_fault(self, code: str, path: Path, message: str, hint: str, parties: list[str]) -> None:
+        """One fault where the value is written: in the task, or in the override of each party that has it."""
+        base = self.draft.spec.tasks[self.task].params
+        in_task: list[str] = []
+        for party in parties:
+            override = self._override(party)
+            partly = not path and override and len(parties) < len(self.views)
+            if partly or (path and _depth(override, path) >= max(1, _depth(base, path))):
+                where: Path = ("overrides", party, self.task, "params", *path)
+                self.draft.faults.add(code, where, message, hint)
+            else:
+                in_task.append(party)
+        if in_task:
+            some = code == "missing_key" and len(parties) < len(self.views)
+            where = ("tasks", self.task, "params", *path)
+            self.draft.faults.add(code, where, message + (f" at {', '.join(in_task)}" if some else ""), hint)
+
+    def _check_plugins(self, view: _View) -> list[PluginField]:
+        """Unknown names, and aggregators that need to see what the protection hides. Returns the unknown ones."""
+        unknown = [field for field in view.plugins if field.name not in plugins.names(field.kind)]
+        for field in unknown:
+            hint = nearest(field.name, plugins.names(field.kind))
+            self._place_fault("unknown_plugin", field.path, f"no {field.kind} is called {field.name!r}", hint, [view.party])
+        known = [field for field in view.plugins if field not in unknown]
+        for rule in known:
+            for protection in known:
+                pair = (rule.kind, protection.kind) == ("aggregator", "sum") and rule.holder == protection.holder
+                if pair and self._load(rule, view).needs_plaintext and self._load(protection, view).hides_terms:
+                    message = f"the aggregator {rule.name!r} needs every party's update, {protection.name!r} hides them"
+                    hint = "another aggregator, or a protection that shows updates if every party agrees"
+                    self._place_fault("aggregator_needs_plaintext", rule.path, message, hint, [view.party])
+        return unknown
+
+    def _load(self, field: PluginField, view: _View) -> Any:
+        """The plug-in, or one that fits with everything when it cannot be loaded, which is a fault of its own."""
+        try:
+            return plugins.load(field.kind, field.name)
+        except FateError as error:
+            self._place_fault("plugin_unavailable", field.path, error.message, error.hint, [view.party])
+            return _Unavailable
+
+    def _check_experiment(self, view: _View) -> None:
+        if view.instance is None or self.draft.spec.experiment:
+            return
+        reason = self.component.needs_experiment(view.instance)
+        if reason is not None:
+            hint = "add `experiment: true`; such a pipeline runs in the local runtime only"
+            self.draft.faults.add("needs_experiment", ("tasks", self.task), reason, hint)
+
+
+class _Unavailable:
+    needs_plaintext = False
+    hides_terms = False
+
+
+def _depth(values: Any, path: Path) -> int:
+    """How many steps of the path the values have."""
+    for index, step in enumerate(path):
+        if isinstance(values, Mapping) and step in values:
+            values = values[step]
+        elif isinstance(values, (list, tuple)) and isinstance(step, int) and step < len(values):
+            values = values[step]
+        else:
+            return index
+    return len(path)

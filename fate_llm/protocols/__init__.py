@@ -1,0 +1,1 @@
+"""What parties say to each other: codec, channel, rounds, sums, transports. No torch."""

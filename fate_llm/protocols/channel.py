@@ -1,0 +1,357 @@
+"""One party's end of a job's conversation: order restored, duplicates dropped, messages in mailboxes.
+
+Rules:
+1. One thread per channel reads the transport; everybody else waits on mailboxes. Delivery is push.
+2. Sequence numbers count per sender, receiver and job from 1. Order is restored inside a bounded window.
+3. Same sequence and same fingerprint: acknowledged silently. Same sequence, other fingerprint: refused and
+   counted.
+4. A frame is acknowledged after its message is in a mailbox (or in the window), never before.
+5. What is refused is counted and told to the observer; it never reaches a mailbox and never stops the job by
+   itself.
+6. Every wait has a deadline and ends early when the job is cancelled or the party waited for is gone.
+7. A message too far ahead of a gap is given up, and with it its sender: what comes later cannot be in order
+   any more.
+8. A number is used up only when its message could be encoded; a gap is never of our own making.
+9. Text of a peer is cut and made printable before anybody is told of it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fate_llm.core.errors import (
+    ConflictingDuplicate,
+    FateError,
+    FederationError,
+    InternalError,
+    JobCancelled,
+    MessageLost,
+    PeerFailed,
+    PeerViolation,
+    RoundTimeout,
+    TransportClosed,
+)
+from fate_llm.core.interfaces import Delivery, Transport
+from fate_llm.core.values import Payload
+
+from .envelope import Envelope, decode, encode
+
+__all__ = ["Counters", "JobChannel", "Left", "Observer"]
+
+Observer = Callable[[str, Mapping[str, Any]], None]
+_CONTROL = "control."
+_FAILED, _CANCELLED, _DONE = "control.failed", "control.cancelled", "control.done"
+_LONGEST = 500  # characters of a peer's text
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A party sends nothing more. code: `done`, or the code of the error it ended with."""
+
+    party: str
+    code: str
+    reason: str
+
+
+@dataclass(slots=True)
+class Counters:
+    """Traffic with one other party: messages and bytes of frames, and what was refused or came twice."""
+
+    sent: int = 0
+    sent_bytes: int = 0
+    received: int = 0
+    received_bytes: int = 0
+    duplicates: int = 0
+    refused: int = 0
+
+
+@dataclass(slots=True)
+class _Incoming:
+    """Order of one sender's messages."""
+
+    expected: int = 1
+    waiting: dict[int, Envelope] = field(default_factory=dict)
+    seen: dict[int, bytes] = field(default_factory=dict)
+
+
+class JobChannel:
+    """The conversation of `party` in one job. Thread-safe; close it when the party's work is over."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        job: str,
+        party: str,
+        members: Sequence[str],
+        clock: Callable[[], float] = time.monotonic,
+        window: int = 256,
+        observer: Observer | None = None,
+    ) -> None:
+        self.job = job
+        self.party = party
+        self.members = tuple(members)
+        self.clock = clock
+        self.left: dict[str, Left] = {}
+        self.counters: dict[str, Counters] = defaultdict(Counters, {member: Counters() for member in members})
+        self._transport = transport
+        self._window = window
+        self._observer = observer
+        self._changed = threading.Condition()
+        self._sending: dict[str, threading.Lock] = {member: threading.Lock() for member in self.members}
+        self._next: dict[str, int] = defaultdict(int)
+        self._incoming: dict[str, _Incoming] = defaultdict(_Incoming)
+        self._mail: dict[tuple[str, str, str], deque[Envelope]] = defaultdict(deque)
+        self._cancelled: str | None = None
+        self._broken: FateError | None = None
+        self._reader = threading.Thread(target=self._read, name=f"channel-{party}", daemon=True)
+        self._reader.start()
+
+    # --- sending --------------------------------------------------------------------------------------------
+
+    def send(self, receiver: str, *, task: str, kind: str, payload: Payload, round: int = 0) -> int:
+        """Send one message; returns the bytes of its frame (0 to oneself).
+
+        The payload is not written to later.
+        """
+        if receiver not in self.members:
+            raise FederationError(f"{receiver} is not a party of job {self.job}")
+        if receiver == self.party:
+            own = Envelope(self.job, task, self.party, receiver, kind, 0, payload, round=round)
+            with self._changed:
+                self._deliver(own)
+            return 0
+        with self._sending[receiver]:  # numbers leave in order
+            number = self._next[receiver] + 1
+            parts = encode(Envelope(self.job, task, self.party, receiver, kind, number, payload, round=round))
+            self._next[receiver] = number
+            size = self._transport.send(receiver, parts)
+            counters = self.counters[receiver]
+            counters.sent += 1
+            counters.sent_bytes += size
+        return size
+
+    def sent_bytes(self) -> int:
+        """Bytes of all frames this party has sent in the job."""
+        with self._changed:
+            return sum(c.sent_bytes for c in self.counters.values())
+
+    def announce_failure(self, error: FateError, *, task: str) -> None:
+        """Tell everyone that this party ended with `error`; who waits for it wakes up."""
+        fields = {"code": error.code, "message": error.message, "task": task}
+        self._tell_all(_CANCELLED if isinstance(error, JobCancelled) else _FAILED, fields)
+
+    def announce_done(self) -> None:
+        """Tell everyone that this party has finished all its tasks."""
+        self._tell_all(_DONE, {})
+
+    def _tell_all(self, kind: str, fields: Mapping[str, Any]) -> None:
+        for member in self.members:
+            if member != self.party:
+                self.send(member, task="", kind=kind, payload=Payload(fields))
+
+    def leave(self, error: Exception, *, task: str) -> None:
+        """One side of this party ended with `error`: whatever of its other sides waits for it wakes up."""
+        code = error.code if isinstance(error, FateError) else "internal"
+        with self._changed:
+            self.left.setdefault(
+                self.party, Left(self.party, code, f"failed in task {task}: {error} [{code}]")
+            )
+            self._changed.notify_all()
+
+    # --- receiving ------------------------------------------------------------------------------------------
+
+    def receive(
+        self, sender: str, *, task: str, kind: str, deadline: float | None, what: str = ""
+    ) -> Envelope:
+        """The next message of this kind from `sender`.
+
+        deadline: on this channel's clock; None waits until the sender is gone or the job ends.
+
+        Raises:
+            RoundTimeout, MessageLost: nothing came in time, or a gap never closed. PeerFailed: the sender
+            ended without sending it.
+            JobCancelled: the job was stopped. TransportClosed: the channel was closed.
+        """
+        found = self.next(task=task, kinds=(kind,), senders=(sender,), deadline=deadline)
+        name = what or f"{kind} from {sender}"
+        if found is None:
+            raise self.overdue(sender, f"task {task}: {name} did not come in time")
+        if isinstance(found, Left):
+            if found.code == MessageLost.code:
+                raise MessageLost(f"task {task}: {name} will not come: {found.reason}")
+            raise PeerFailed(f"task {task}: {name} will not come: {found.party} {found.reason}")
+        return found
+
+    def next(
+        self,
+        *,
+        task: str,
+        kinds: Collection[str],
+        senders: Sequence[str],
+        deadline: float | None,
+        known_left: Collection[str] = (),
+    ) -> Envelope | Left | None:
+        """The next message of these kinds and senders; a party newly gone (once); or None at the deadline.
+
+        Messages of a party come before the news that it left. Among several, senders earlier in the list
+        first.
+        """
+        with self._changed:
+            while True:
+                self._raise_if_over()
+                for sender in senders:
+                    for kind in kinds:
+                        if box := self._mail.get((task, kind, sender)):
+                            return box.popleft()
+                for sender in senders:
+                    if sender in self.left and sender not in known_left:
+                        return self.left[sender]
+                remaining = None if deadline is None else deadline - self.clock()
+                if remaining is not None and remaining <= 0:
+                    return None
+                self._changed.wait(remaining)
+
+    def _raise_if_over(self) -> None:
+        if self._cancelled is not None:
+            raise JobCancelled(self._cancelled)
+        if self._broken is not None:
+            raise self._broken
+
+    def overdue(self, sender: str, text: str) -> FateError:
+        """The error for a wait on `sender` that ran out: MessageLost after a gap, else RoundTimeout."""
+        with self._changed:
+            gap = self._incoming[sender]
+            if gap.waiting:
+                later = min(gap.waiting)
+                return MessageLost(f"{text}: message {gap.expected} from {sender} is lost, {later} has come")
+            return RoundTimeout(
+                f"{text} ({self.counters[sender].received_bytes} bytes received from {sender} so far)"
+            )
+
+    # --- ending ---------------------------------------------------------------------------------------------
+
+    def cancel(self, reason: str) -> None:
+        """Every wait on this channel, present and future, raises JobCancelled."""
+        with self._changed:
+            self._cancelled = self._cancelled or reason
+            self._changed.notify_all()
+
+    def check_cancelled(self) -> None:
+        """Raise JobCancelled when the job was stopped."""
+        if self._cancelled is not None:
+            raise JobCancelled(self._cancelled)
+
+    def close(self) -> None:
+        """Stop reading and close the transport. Closing twice is fine."""
+        self._transport.close()
+        if threading.current_thread() is not self._reader:
+            self._reader.join()
+        with self._changed:
+            self._broken = self._broken or TransportClosed(f"the channel of {self.party} is closed")
+            self._changed.notify_all()
+
+    # --- the reading thread ---------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        while True:
+            try:
+                delivery = self._transport.receive(None)
+                if delivery is not None:
+                    self._take(delivery)
+                    self._transport.ack(delivery)
+            except FateError as error:
+                return self._break(error)
+            # The boundary of a thread: whoever waits must see why nothing comes any more.
+            except Exception as error:
+                return self._break(
+                    InternalError(f"the channel stopped reading: {type(error).__name__}: {error}")
+                )
+
+    def _break(self, error: FateError) -> None:
+        with self._changed:
+            self._broken = self._broken or error
+            self._changed.notify_all()
+
+    def _take(self, delivery: Delivery) -> None:
+        sender = delivery.sender
+        with self._changed:
+            counters = self.counters[sender]
+            counters.received += 1
+            counters.received_bytes += len(delivery.body)
+            try:
+                self._accept(self._open(delivery))
+            except (PeerViolation, MessageLost) as error:
+                self._refuse(sender, error)
+            self._changed.notify_all()
+
+    def _refuse(self, sender: str, error: FateError) -> None:
+        self.counters[sender].refused += 1
+        if self._observer is not None:
+            self._observer("refused", {"party": sender, "code": error.code, "message": _shown(error.message)})
+
+    def _open(self, delivery: Delivery) -> Envelope:
+        envelope = decode(delivery.body)
+        expected = (self.job, delivery.sender, self.party)
+        if (envelope.job, envelope.sender, envelope.receiver) != expected:
+            raise PeerViolation(
+                f"a message of job {envelope.job} from {envelope.sender} to {envelope.receiver} came from "
+                f"{delivery.sender} to {self.party} in job {self.job}"
+            )
+        if envelope.sender not in self.members:
+            raise PeerViolation(f"{envelope.sender} is not a party of job {self.job}")
+        return envelope
+
+    def _accept(self, envelope: Envelope) -> None:
+        line = self._incoming[envelope.sender]
+        number = envelope.sequence
+        known = line.waiting[number].fingerprint if number in line.waiting else line.seen.get(number)
+        if known is not None or number < line.expected:
+            self.counters[envelope.sender].duplicates += 1
+            if known is not None and known != envelope.fingerprint:
+                raise ConflictingDuplicate(
+                    f"message {number} of {envelope.sender} came twice with other content"
+                )
+            return
+        if number >= line.expected + self._window:
+            sender = envelope.sender
+            text = f"message {number} of {sender} came while {line.expected} is missing: outside the window"
+            self.left.setdefault(sender, Left(sender, MessageLost.code, text))
+            raise MessageLost(text)
+        line.waiting[number] = envelope
+        while line.expected in line.waiting:
+            ready = line.waiting.pop(line.expected)
+            line.seen[line.expected] = ready.fingerprint
+            line.seen.pop(line.expected - self._window, None)
+            line.expected += 1
+            self._deliver(ready)
+
+    def _deliver(self, envelope: Envelope) -> None:
+        if envelope.kind.startswith(_CONTROL):
+            self._control(envelope)
+        else:
+            self._mail[envelope.task, envelope.kind, envelope.sender].append(envelope)
+        self._changed.notify_all()
+
+    def _control(self, envelope: Envelope) -> None:
+        fields = envelope.payload.fields
+        message, code = _shown(fields.get("message", "")), _shown(fields.get("code", "failed"))
+        if envelope.kind == _CANCELLED:
+            self._cancelled = self._cancelled or f"cancelled by {envelope.sender}: {message}"
+        elif envelope.kind == _FAILED:
+            reason = f"failed in task {_shown(fields.get('task', '?'))}: {message} [{code}]"
+            self.left.setdefault(envelope.sender, Left(envelope.sender, code, reason))
+        elif envelope.kind == _DONE:
+            self.left.setdefault(envelope.sender, Left(envelope.sender, "done", "has finished its part"))
+        else:
+            text = f"unknown control message {envelope.kind!r} from {envelope.sender}"
+            self._refuse(envelope.sender, PeerViolation(text))
+
+
+def _shown(text: object) -> str:
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:_LONGEST])

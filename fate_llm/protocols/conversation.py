@@ -1,0 +1,105 @@
+"""A component's view of the channel: one task, one cohort, messages by name.
+
+Satisfies `core.interfaces.Channel`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from fate_llm.core.errors import InternalError
+from fate_llm.core.interfaces import SecureSum
+from fate_llm.core.values import Cohort, Payload
+
+from .channel import JobChannel
+from .rounds.driver import ContributorDriver, CoordinatorDriver, Emit, Setting
+
+__all__ = ["TaskChannel"]
+
+_USER = "data."  # keeps a component's names apart from those of the rounds
+
+
+@dataclass(frozen=True, slots=True)
+class TaskChannel:
+    """patience: the round deadline in seconds; a wait lasts twice that when the caller names no time-out.
+
+    load_sum: a SecureSum by its name.
+    """
+
+    channel: JobChannel
+    task: str
+    cohort: Cohort
+    patience: float
+    load_sum: Callable[[str], SecureSum]
+    emit: Emit
+    _used: Counter[str] = field(default_factory=Counter)
+
+    def send(self, receiver: str, name: str, payload: Payload) -> None:
+        """Send one payload to a member of the cohort."""
+        self.channel.send(receiver, task=self.task, kind=_USER + name, payload=payload)
+
+    def receive(self, sender: str, name: str, *, timeout: float | None = None) -> Payload:
+        """The next payload of this name from `sender`.
+
+        timeout: seconds, by default twice the job's round deadline. Raises RoundTimeout, PeerFailed,
+        JobCancelled.
+        """
+        return self._receive(sender, name, self._deadline(timeout))
+
+    def _deadline(self, timeout: float | None) -> float:
+        return self.channel.clock() + (2 * self.patience if timeout is None else timeout)
+
+    def _receive(self, sender: str, name: str, deadline: float) -> Payload:
+        envelope = self.channel.receive(
+            sender, task=self.task, kind=_USER + name, deadline=deadline, what=f"{name!r} from {sender}"
+        )
+        return envelope.payload
+
+    def broadcast(self, name: str, payload: Payload) -> None:
+        """Send one payload to every other member of the cohort."""
+        for member in self.cohort.members:
+            if member != self.channel.party:
+                self.send(member, name, payload)
+
+    def gather(self, name: str, *, timeout: float | None = None) -> dict[str, Payload]:
+        """One payload from every other contributor, in roster order; `timeout` is for all together."""
+        deadline = self._deadline(timeout)
+        others = [party for party in self.cohort.contributors if party != self.channel.party]
+        return {party: self._receive(party, name, deadline) for party in others}
+
+    def aggregate(self, name: str, sums: Mapping[str, float] | None, *, protection: str) -> dict[str, float]:
+        """Add up numbers over the contributors; see `core.interfaces.Channel.aggregate`.
+
+        One round without arrays.
+
+        A name may be used again: each use is a conversation of its own, so that no late number counts in the
+        next.
+        """
+        self._used[name] += 1
+        setting = Setting(
+            channel=self.channel,
+            task=f"{self.task}/{name}/{self._used[name]}",
+            cohort=self.cohort,
+            rounds=1,
+            patience=self.patience,
+            secure_sum=self.load_sum(protection),
+            emit=lambda event, **fields: None,
+        )
+        if sums is None:
+            return self._collect(setting)
+        rounds = ContributorDriver(setting, self.channel.party)
+        rounds.start({})
+        for round in rounds:
+            return dict(round.contribute({}, weight=1.0, sums=sums).sums)
+        raise InternalError(f"the sum {name!r} ended before it began")
+
+    def _collect(self, setting: Setting) -> dict[str, float]:
+        coordinator = CoordinatorDriver(setting)
+        coordinator.start()
+        for round in coordinator:
+            total = round.collect()
+            round.publish({})
+            return dict(total.sums)
+        raise InternalError(f"the sum of {setting.task} ended before it began")

@@ -1,0 +1,340 @@
+"""The driver of the rounds: lends the pure machines a channel and a clock, and runs the hooks.
+
+A component iterates over rounds and calls `contribute` or `collect` and `publish`; everything about
+deadlines, quorum, late parties and protection happens behind these three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from fate_llm.core.errors import InternalError, PeerFailed, PeerViolation
+from fate_llm.core.interfaces import SecureSum, UpdateHook
+from fate_llm.core.values import (
+    Arrays,
+    Cohort,
+    RoundResult,
+    Total,
+    Update,
+    require_finite,
+    require_same_layout,
+)
+
+from ..channel import JobChannel, Left
+from .machine import (
+    ANSWER,
+    HELLO,
+    STATE,
+    TERM,
+    Action,
+    Begin,
+    Collected,
+    ContributorEvent,
+    ContributorMachine,
+    ContributorPhase,
+    CoordinatorEvent,
+    CoordinatorMachine,
+    CoordinatorPhase,
+    Failed,
+    Gone,
+    Heard,
+    Ignored,
+    Join,
+    Offer,
+    Publish,
+    Ready,
+    RoundDone,
+    Tell,
+    Tick,
+)
+
+__all__ = ["ContributorDriver", "CoordinatorDriver", "Setting"]
+
+Emit = Callable[..., None]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What both sides of one task's rounds need.
+
+    patience: seconds a round may stay open at the coordinator. hooks: in any order; they run by their stage.
+    emit: told of `round_state`, `round_closed` and `ignored`, nothing private.
+    """
+
+    channel: JobChannel
+    task: str
+    cohort: Cohort
+    rounds: int
+    patience: float
+    secure_sum: SecureSum
+    emit: Emit
+    hooks: Sequence[UpdateHook] = ()
+
+    def ordered_hooks(self) -> list[UpdateHook]:
+        return sorted(self.hooks, key=lambda hook: hook.stage)
+
+    def tell(self, action: Tell) -> None:
+        self.channel.send(
+            action.receiver, task=self.task, kind=action.kind, payload=action.payload, round=action.round
+        )
+
+
+class CoordinatorDriver:
+    """Satisfies `core.interfaces.CoordinatorRounds`."""
+
+    def __init__(self, setting: Setting, *, keep_terms: bool = False) -> None:
+        self._setting = setting
+        self._machine = CoordinatorMachine(
+            setting.cohort, setting.rounds, setting.patience, setting.secure_sum, keep_terms=keep_terms
+        )
+
+    def start(self) -> Arrays:
+        """Wait for the contributors; the first global state.
+
+        Raises:
+            QuorumLost: too few came in time, or not the one that brings the state.
+            PeerViolation: their trainable parameters differ.
+        """
+        if self._machine.phase is not CoordinatorPhase.STARTING:
+            raise InternalError(f"the rounds have been started: it is {self._present()}")
+        begin = self._run_until(Begin)
+        assert isinstance(begin, Begin)
+        return begin.state
+
+    def __iter__(self) -> Iterator[_CoordinatorRound]:
+        while self._machine.phase in (CoordinatorPhase.OPEN, CoordinatorPhase.SUMMED):
+            number = self._machine.number
+            yield _CoordinatorRound(self, number)
+            if self._is_at(number, CoordinatorPhase.OPEN) or self._is_at(number, CoordinatorPhase.SUMMED):
+                raise InternalError(f"round {number} must be collected and published before the next")
+
+    def _is_at(self, number: int, phase: CoordinatorPhase) -> bool:
+        return self._machine.number == number and self._machine.phase is phase
+
+    def _collect(self, number: int) -> Total:
+        if not self._is_at(number, CoordinatorPhase.OPEN):
+            raise InternalError(f"round {number} cannot be collected: it is {self._present()}")
+        collected = self._run_until(Collected)
+        assert isinstance(collected, Collected)
+        total = collected.total
+        for hook in self._setting.ordered_hooks():
+            total = hook.after_sum(total, self._machine.number)
+        self._setting.emit(
+            "round_closed",
+            round=self._machine.number,
+            rounds=self._setting.rounds,
+            contributors=list(total.contributors),
+            missing=list(total.missing),
+        )
+        return total
+
+    def _present(self) -> str:
+        return f"round {self._machine.number}, {self._machine.phase}"
+
+    def _publish(self, number: int, state: Arrays, stop: bool) -> None:
+        if not self._is_at(number, CoordinatorPhase.SUMMED):
+            raise InternalError(f"round {number} cannot be published: it is {self._present()}")
+        require_finite(state, what="the new global state")
+        self._apply(self._handle(Publish(state, stop)))
+
+    def _run_until(self, wanted: type[Begin | Collected]) -> Action:
+        """Feed the machine from the channel until it asks for `wanted`."""
+        setting, machine = self._setting, self._machine
+        # A first tick starts the clock. Later on, what has come is heard before the time that has passed.
+        pending = self._handle(Tick()) if machine.deadline is None else []
+        while True:
+            found = self._apply(pending, wanted)
+            if found is not None:
+                return found
+            message = setting.channel.next(
+                task=setting.task,
+                kinds=(HELLO, TERM),
+                senders=setting.cohort.contributors,
+                deadline=machine.deadline,
+                known_left=machine.gone,
+            )
+            event: CoordinatorEvent
+            if message is None:
+                event = Tick()
+            elif isinstance(message, Left):
+                event = Gone(message.party, message.reason)
+            else:
+                event = Heard(message.sender, message.kind, message.round, message.payload)
+            pending = self._handle(event)
+
+    def _handle(self, event: CoordinatorEvent) -> list[Action]:
+        try:
+            return self._machine.handle(event, self._setting.channel.clock())
+        except PeerViolation as refusal:
+            assert isinstance(event, Heard)
+            return [Ignored(event.sender, event.round, refusal.message)]
+
+    def _apply(self, actions: list[Action], wanted: type | None = None) -> Action | None:
+        found: Action | None = None
+        for action in actions:
+            if isinstance(action, Tell):
+                self._setting.tell(action)
+            elif isinstance(action, Failed):
+                raise action.error
+            elif isinstance(action, Ignored):
+                _report(self._setting, action)
+            elif wanted is not None and isinstance(action, wanted):
+                found = action
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _CoordinatorRound:
+    _driver: CoordinatorDriver
+    number: int
+
+    def collect(self) -> Total:
+        """The total of this round: waits for all, or for the deadline and then at least the quorum."""
+        return self._driver._collect(self.number)
+
+    def publish(self, state: Arrays, *, stop: bool = False) -> None:
+        """Send the new global state to everyone; stop: there are no more rounds."""
+        self._driver._publish(self.number, state, stop)
+
+
+class ContributorDriver:
+    """Satisfies `core.interfaces.ContributorRounds`."""
+
+    def __init__(self, setting: Setting, me: str) -> None:
+        self._setting = setting
+        self._machine = ContributorMachine(setting.cohort, me, setting.rounds, setting.secure_sum)
+        self._state: Arrays = {}
+
+    def start(self, state: Arrays) -> Arrays:
+        """Offer this party's first state; the agreed one (the first contributor's) comes back.
+
+        Raises:
+            PeerFailed: the coordinator ended. RoundTimeout, MessageLost: it did not answer. JobCancelled.
+        """
+        require_finite(state, what="the first state")
+        pending = self._machine.handle(Join(state))
+        ready = self._run_until(pending, Ready, "the first global state")
+        assert isinstance(ready, Ready)
+        require_same_layout(state, ready.state, what="the first global state")
+        self._state = ready.state
+        return ready.state
+
+    def __iter__(self) -> Iterator[_ContributorRound]:
+        while self._machine.phase is not ContributorPhase.FINISHED:
+            if self._machine.phase is not ContributorPhase.TRAINING:
+                raise InternalError(
+                    f"rounds cannot go on while {self._machine.phase}: call start, then contribute"
+                )
+            yield _ContributorRound(self, self._machine.number)
+
+    def _contribute(
+        self, number: int, arrays: Arrays, weight: float, sums: Mapping[str, float]
+    ) -> RoundResult:
+        if self._machine.phase is not ContributorPhase.TRAINING or self._machine.number != number:
+            raise InternalError(
+                f"round {number} has its update already: "
+                f"it is round {self._machine.number}, {self._machine.phase}"
+            )
+        require_same_layout(self._state, arrays, what=f"the update of round {number}")
+        require_finite(arrays, what=f"the update of round {number}")
+        self._hear_waiting()
+        update = Update(arrays, weight, sums)
+        if not self._machine.overtaken:  # a hook keeps account of what is sent, and this would not be
+            for hook in self._setting.ordered_hooks():
+                update = hook.before_send(update, number)
+        pending = self._machine.handle(Offer(update))
+        done = self._run_until(pending, RoundDone, f"the global state of round {number}")
+        assert isinstance(done, RoundDone)
+        self._state = done.result.state
+        self._setting.emit(
+            "round_state",
+            round=done.result.number,
+            rounds=self._setting.rounds,
+            contributors=list(done.result.contributors),
+            sent_bytes=self._setting.channel.sent_bytes(),
+        )
+        return done.result
+
+    def _hear_waiting(self) -> None:
+        """Hear what came while we trained: rounds may have ended without us."""
+        coordinator = (
+            self._setting.cohort.coordinator
+        )  # that it has left since is no news: its last state counts
+        while (
+            event := self._next(deadline=self._setting.channel.clock(), known_left=(coordinator,))
+        ) is not None:
+            self._perform(self._handle(event))
+
+    def _next(self, *, deadline: float | None, known_left: Collection[str] = ()) -> ContributorEvent | None:
+        setting = self._setting
+        coordinator = setting.cohort.coordinator
+        message = setting.channel.next(
+            task=setting.task,
+            kinds=(STATE, ANSWER),
+            senders=(coordinator,),
+            deadline=deadline,
+            known_left=known_left,
+        )
+        if message is None:
+            return None
+        if isinstance(message, Left):
+            raise PeerFailed(
+                f"task {setting.task}, round {self._machine.number}: {coordinator} {message.reason}"
+            )
+        return Heard(message.sender, message.kind, message.round, message.payload)
+
+    def _run_until(self, pending: list[Action], wanted: type[Ready | RoundDone], what: str) -> Action:
+        # The coordinator may wait `patience` for others before it answers; twice that is beyond doubt.
+        deadline = self._setting.channel.clock() + 2 * self._setting.patience
+        while True:
+            found = self._perform(pending, wanted)
+            if found is not None:
+                return found
+            event = self._next(deadline=deadline)
+            if event is None:
+                coordinator, limit = self._setting.cohort.coordinator, 2 * self._setting.patience
+                text = f"task {self._setting.task}: {what} did not come from {coordinator} within {limit:g} s"
+                raise self._setting.channel.overdue(coordinator, text)
+            pending = self._handle(event)
+
+    def _handle(self, event: ContributorEvent) -> list[Action]:
+        try:
+            return self._machine.handle(event)
+        except PeerViolation as refusal:
+            assert isinstance(event, Heard)
+            return [Ignored(event.sender, event.round, refusal.message)]
+
+    def _perform(self, actions: list[Action], wanted: type | None = None) -> Action | None:
+        found: Action | None = None
+        for action in actions:
+            if isinstance(action, Tell):
+                self._setting.tell(action)
+            elif isinstance(action, Ignored):
+                _report(self._setting, action)
+            elif wanted is not None and isinstance(action, wanted):
+                found = action
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _ContributorRound:
+    _driver: ContributorDriver
+    number: int
+
+    def contribute(
+        self, arrays: Arrays, *, weight: float, sums: Mapping[str, float] | None = None
+    ) -> RoundResult:
+        """Give this party's difference to the round's state; returns when the round's new state is known.
+
+        arrays: float32 by name. weight: at least 0. sums: additive numbers, see Update.
+
+        Raises:
+            ProtectionError: names, shapes or values that cannot be summed; nothing was sent.
+            PeerFailed, RoundTimeout, MessageLost, JobCancelled: the round did not end.
+        """
+        return self._driver._contribute(self.number, arrays, weight, sums or {})
+
+
+def _report(setting: Setting, action: Ignored) -> None:
+    setting.emit("ignored", party=action.party, round=action.round, why=action.why)

@@ -1,0 +1,601 @@
+"""Rounds as two pure machines: who may say what, and when.
+
+    coordinator                                        contributor
+    STARTING --hello from all or time over--> OPEN     JOINING --state--> TRAINING
+    OPEN --all terms or time over--> SUMMED            TRAINING --own term--> WAITING
+    SUMMED --publish--> OPEN (next) or FINISHED        WAITING --state of this round or later--> TRAINING or
+    FINISHED any --quorum lost, first state missing--> FAILED
+
+Rules:
+1. Events in, actions out. No clock, no thread, no randomness: time comes with the event.
+2. A pair of phase and event that is not in the table is an error, and nothing has changed.
+3. A term counts for exactly one round; a late one is ignored and its party takes part in the next round.
+4. A party that is lost, late or refused is left out of the round, never out of the job.
+5. A published round only rolls forward: nothing opens it again.
+6. When too few parties are left for the quorum, the rounds fail at once: nobody trains for a round that
+   cannot end.
+7. A state or hello is checked whole (names, shapes, float32, finite) before anything is changed by it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+
+from fate_llm.core.canonical import digest
+from fate_llm.core.errors import FateError, InternalError, PeerViolation, ProtectionError, QuorumLost
+from fate_llm.core.interfaces import (
+    Layout,
+    SecureSum,
+    SumAction,
+    SumContribute,
+    SumExpired,
+    SumParty,
+    SumReceived,
+    SumSend,
+    SumServer,
+)
+from fate_llm.core.values import Arrays, Cohort, Payload, RoundResult, Total, Update, require_finite
+
+__all__ = [
+    "ANSWER",
+    "HELLO",
+    "STATE",
+    "TERM",
+    "Begin",
+    "Collected",
+    "ContributorMachine",
+    "ContributorPhase",
+    "CoordinatorMachine",
+    "CoordinatorPhase",
+    "Failed",
+    "Gone",
+    "Heard",
+    "Ignored",
+    "Join",
+    "Offer",
+    "Publish",
+    "Ready",
+    "RoundDone",
+    "Tell",
+    "Tick",
+    "layout_of",
+]
+
+# To the coordinator: HELLO and TERM. From it: STATE and ANSWER. No kind goes both ways, because a
+# coordinator that contributes hears both sides in the mailboxes of one party.
+HELLO, TERM = "round.hello", "round.term"
+STATE, ANSWER = "round.state", "round.answer"
+
+
+# --- events -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """A message of the rounds' conversation arrived. kind: HELLO, TERM, STATE or ANSWER."""
+
+    sender: str
+    kind: str
+    round: int
+    payload: Payload
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """A party ended, failed or left; it sends nothing more."""
+
+    party: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """From the coordinator's own loop: the new global state."""
+
+    state: Arrays
+    stop: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """From a contributor's own loop: my first state (sent only by the first contributor of the roster)."""
+
+    state: Arrays
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """From a contributor's own loop: my term of the present round."""
+
+    update: Update
+
+
+CoordinatorEvent = Heard | Gone | Tick | Publish
+ContributorEvent = Heard | Join | Offer | Tick
+
+
+# --- actions ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    receiver: str
+    kind: str
+    round: int
+    payload: Payload
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """The coordinator has the first global state."""
+
+    state: Arrays
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    total: Total
+
+
+@dataclass(frozen=True, slots=True)
+class Ignored:
+    """A message was left out of the round: late, refused, or not for now."""
+
+    party: str
+    round: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    error: FateError
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A contributor may train from this state; `finished` rounds are over."""
+
+    state: Arrays
+    finished: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoundDone:
+    result: RoundResult
+
+
+Action = Tell | Begin | Collected | Ignored | Failed | Ready | RoundDone
+
+
+def layout_of(state: Arrays) -> dict[str, tuple[int, ...]]:
+    """Shapes by name."""
+    return {name: tuple(array.shape) for name, array in state.items()}
+
+
+def _layout_digest(state: Arrays) -> str:
+    return digest({name: list(shape) for name, shape in layout_of(state).items()})
+
+
+def _not_float32(state: Arrays) -> str | None:
+    return next((name for name, array in state.items() if array.dtype != np.float32), None)
+
+
+def _check_values(state: Arrays, *, what: str) -> None:
+    if other := _not_float32(state):
+        raise PeerViolation(f"{what} must be float32, and {other[:80]} is {state[other].dtype}")
+    try:
+        require_finite(state, what=what)
+    except ProtectionError as error:
+        raise PeerViolation(error.message) from None
+
+
+# --- the coordinator ----------------------------------------------------------------------------------------
+
+
+class CoordinatorPhase(StrEnum):
+    STARTING = "starting"
+    OPEN = "open"
+    SUMMED = "summed"
+    FINISHED = "finished"
+    FAILED = "failed"
+
+
+@dataclass(slots=True)
+class CoordinatorMachine:
+    """The coordinator's side of all rounds of one task. patience: seconds a start or round may last."""
+
+    cohort: Cohort
+    rounds: int
+    patience: float
+    secure_sum: SecureSum
+    keep_terms: bool = False
+    phase: CoordinatorPhase = CoordinatorPhase.STARTING
+    number: int = 0
+    deadline: float | None = None
+    state: Arrays = field(default_factory=dict)
+    gone: dict[str, str] = field(default_factory=dict)
+    _layouts: dict[str, str] = field(default_factory=dict)
+    _refused: set[str] = field(default_factory=set)
+    _sum: SumServer | None = None
+    _news: Payload = field(default_factory=Payload)
+    _total: Total | None = None
+
+    def handle(self, event: CoordinatorEvent, now: float) -> list[Action]:
+        """Apply one event at time `now` (seconds, any origin). Returns what the driver must do, in order.
+
+        Raises:
+            PeerViolation: a party said what is not allowed now; nothing has changed.
+            InternalError: our own loop called out of turn; nothing has changed.
+        """
+        key = event.kind if isinstance(event, Heard) else type(event)
+        step = _COORDINATOR[self.phase].get(key)
+        if step is None:
+            fault = PeerViolation if isinstance(event, Heard) else InternalError
+            raise fault(f"{key if isinstance(key, str) else key.__name__} is not allowed while {self.phase}")
+        return step(self, event, now)
+
+    def _hello(self, event: Heard, now: float) -> list[Action]:
+        sender = self._contributor(event.sender)
+        layout = event.payload.fields.get("layout")
+        if not isinstance(layout, str):
+            raise PeerViolation(f"the hello of {sender} has no layout")
+        first = self.cohort.contributors[0]
+        if sender == first and _layout_digest(event.payload.tensors) != layout:
+            raise PeerViolation(f"the first state of {sender} does not fit its layout")
+        if sender == first:
+            _check_values(event.payload.tensors, what=f"the first state of {sender}")
+            self.state = event.payload.tensors
+        self._layouts[sender] = layout
+        return self._maybe_begin(now, over=False)
+
+    def _maybe_begin(self, now: float, *, over: bool) -> list[Action]:
+        if self.deadline is None:
+            self.deadline = now + self.patience
+        first, contributors = self.cohort.contributors[0], self.cohort.contributors
+        came = [p for p in contributors if p in self._layouts and p not in self.gone]
+        absent = [p for p in contributors if p not in self._layouts and p not in self.gone]
+        possible = came if over else [*came, *absent]
+        if first not in self._layouts and (over or first in self.gone):
+            return self._fail(QuorumLost(f"{first} did not send the first state{self._why(first)}"))
+        if len(possible) < self._quorum:
+            reasons = ", ".join(p + self._why(p) for p in contributors if p not in possible)
+            text = f"{len(possible)} parties came, the quorum is {self._quorum}; missing: {reasons}"
+            return self._fail(QuorumLost(text))
+        if absent and not over:
+            return []
+        other = [p for p, layout in self._layouts.items() if layout != self._layouts[first]]
+        if other:
+            return self._fail(
+                PeerViolation(
+                    f"the trainable parameters of {', '.join(other)} differ from those of {first}",
+                    hint="All parties need the same model, the same peft settings and the same versions.",
+                )
+            )
+        self._news = Payload({"sums": {}, "contributors": [], "stop": False}, self.state)
+        tells = [Tell(p, STATE, 0, self._news) for p in self._layouts]
+        self._open(1, now)
+        return [Begin(self.state), *tells]
+
+    @property
+    def _quorum(self) -> int:
+        return max(1, self.cohort.quorum)
+
+    def _why(self, party: str) -> str:
+        return f" ({self.gone[party]})" if party in self.gone else ""
+
+    def _open(self, number: int, now: float) -> None:
+        self.number = number
+        self.phase = CoordinatorPhase.OPEN
+        self.deadline = now + self.patience
+        self._refused = set()
+        self._sum = self.secure_sum.server(self.cohort, layout_of(self.state), keep_terms=self.keep_terms)
+
+    def _late_hello(self, event: Heard, now: float) -> list[Action]:
+        sender = self._contributor(event.sender)
+        if event.payload.fields.get("layout") != _layout_digest(self.state):
+            raise PeerViolation(f"the trainable parameters of {sender} differ from the job's")
+        self._layouts[sender] = str(event.payload.fields["layout"])
+        return [Tell(sender, STATE, self.number - 1, self._news)]
+
+    def _term(self, event: Heard, now: float) -> list[Action]:
+        sender = self._contributor(event.sender)
+        if event.round > self.number:
+            raise PeerViolation(f"{sender} sent a term of round {event.round} in round {self.number}")
+        if event.round < self.number:
+            return [Ignored(sender, event.round, f"late: round {self.number} is open")]
+        if sender in self._refused:
+            return [Ignored(sender, event.round, "an earlier term of this round was refused")]
+        assert self._sum is not None
+        try:
+            actions = self._sum.handle(SumReceived(sender, event.payload))
+        except PeerViolation as refusal:
+            self._refused.add(sender)
+            return [Ignored(sender, event.round, refusal.message), *self._close_if_alone()]
+        except FateError as error:
+            return self._fail(error)
+        return self._after_sum(actions) or self._close_if_alone()
+
+    def _late_term(self, event: Heard, now: float) -> list[Action]:
+        return [Ignored(self._contributor(event.sender), event.round, "late: the round is closed")]
+
+    def _close_if_alone(self) -> list[Action]:
+        """End the stage when nobody is left who could still answer, or too few for the quorum."""
+        assert self._sum is not None
+        awaiting = self._sum.awaiting
+        lost = awaiting & (self._refused | self.gone.keys())
+        possible = len(self.cohort.contributors) - len(lost)
+        if possible < self._quorum:
+            named = ", ".join(p + self._why(p) for p in self.cohort.contributors if p in lost)
+            count = f"{possible} parties are left, the quorum is {self._quorum}"
+            text = f"round {self.number}: {count}; lost: {named}"
+            return self._fail(QuorumLost(text))
+        return self._expire() if not awaiting - lost else []
+
+    def _expire(self) -> list[Action]:
+        assert self._sum is not None
+        try:
+            return self._after_sum(self._sum.handle(SumExpired()))
+        except QuorumLost as error:
+            known = "; ".join(f"{p}: {why}" for p, why in self.gone.items())
+            text = f"round {self.number}: {error.message}" + (f" ({known})" if known else "")
+            return self._fail(QuorumLost(text))
+        except FateError as error:
+            return self._fail(error)
+
+    def _after_sum(self, actions: list[SumAction]) -> list[Action]:
+        done: list[Action] = []
+        for action in actions:
+            if isinstance(action, SumSend):
+                done.append(Tell(action.receiver, ANSWER, self.number, action.body))
+            else:
+                self.phase = CoordinatorPhase.SUMMED
+                self._total = action.total
+                done.append(Collected(action.total))
+        return done
+
+    def _tick_starting(self, event: Tick, now: float) -> list[Action]:
+        return self._maybe_begin(now, over=self.deadline is not None and now >= self.deadline)
+
+    def _tick_open(self, event: Tick, now: float) -> list[Action]:
+        assert self.deadline is not None
+        return self._expire() if now >= self.deadline else []
+
+    def _gone_starting(self, event: Gone, now: float) -> list[Action]:
+        self.gone[event.party] = event.reason
+        return self._maybe_begin(now, over=False)
+
+    def _gone_open(self, event: Gone, now: float) -> list[Action]:
+        self.gone[event.party] = event.reason
+        return self._close_if_alone()
+
+    def _gone_else(self, event: Gone, now: float) -> list[Action]:
+        self.gone[event.party] = event.reason
+        return []
+
+    def _publish(self, event: Publish, now: float) -> list[Action]:
+        assert self._total is not None
+        if layout_of(event.state) != layout_of(self.state):
+            raise InternalError("the state published has other names or shapes than the state before")
+        if _not_float32(event.state):
+            raise InternalError("the state published must be float32")
+        self.state = event.state
+        stop = event.stop or self.number >= self.rounds
+        fields = {
+            "sums": dict(self._total.sums),
+            "contributors": list(self._total.contributors),
+            "stop": event.stop,
+        }
+        self._news = Payload(fields, self.state)
+        tells: list[Action] = [
+            Tell(p, STATE, self.number, self._news) for p in self._layouts if p not in self.gone
+        ]
+        if stop:
+            self.phase = CoordinatorPhase.FINISHED
+            return tells
+        self._open(self.number + 1, now)
+        return [*tells, *self._close_if_alone()]  # some may have left since the last round was summed
+
+    def _fail(self, error: FateError) -> list[Action]:
+        self.phase = CoordinatorPhase.FAILED
+        return [Failed(error)]
+
+    def _nothing(self, event: Tick, now: float) -> list[Action]:
+        return []
+
+    def _contributor(self, sender: str) -> str:
+        if sender not in self.cohort.contributors:
+            raise PeerViolation(f"{sender} is not a contributor of this task")
+        return sender
+
+
+_Step = Callable[[Any, Any, float], list[Action]]
+_COORDINATOR: dict[CoordinatorPhase, dict[str | type, _Step]] = {
+    CoordinatorPhase.STARTING: {
+        HELLO: CoordinatorMachine._hello,
+        Gone: CoordinatorMachine._gone_starting,
+        Tick: CoordinatorMachine._tick_starting,
+    },
+    CoordinatorPhase.OPEN: {
+        HELLO: CoordinatorMachine._late_hello,
+        TERM: CoordinatorMachine._term,
+        Gone: CoordinatorMachine._gone_open,
+        Tick: CoordinatorMachine._tick_open,
+    },
+    CoordinatorPhase.SUMMED: {
+        HELLO: CoordinatorMachine._late_hello,
+        TERM: CoordinatorMachine._late_term,
+        Gone: CoordinatorMachine._gone_else,
+        Tick: CoordinatorMachine._nothing,
+        Publish: CoordinatorMachine._publish,
+    },
+    CoordinatorPhase.FINISHED: {
+        TERM: CoordinatorMachine._late_term,
+        Gone: CoordinatorMachine._gone_else,
+        Tick: CoordinatorMachine._nothing,
+    },
+    CoordinatorPhase.FAILED: {},
+}
+
+
+# --- a contributor ------------------------------------------------------------------------------------------
+
+
+class ContributorPhase(StrEnum):
+    NEW = "new"
+    JOINING = "joining"
+    TRAINING = "training"
+    WAITING = "waiting"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True)
+class ContributorMachine:
+    """One contributor's side of all rounds of one task."""
+
+    cohort: Cohort
+    me: str
+    rounds: int
+    secure_sum: SecureSum
+    phase: ContributorPhase = ContributorPhase.NEW
+    number: int = 0
+    _layout: Layout = field(default_factory=dict)
+    _sum: SumParty | None = None
+    _newest: Heard | None = None
+
+    def handle(self, event: ContributorEvent, now: float = 0.0) -> list[Action]:
+        """Apply one event; see CoordinatorMachine.handle."""
+        key = event.kind if isinstance(event, Heard) else type(event)
+        step = _CONTRIBUTOR[self.phase].get(key)
+        if step is None:
+            fault = PeerViolation if isinstance(event, Heard) else InternalError
+            raise fault(f"{key if isinstance(key, str) else key.__name__} is not allowed while {self.phase}")
+        if isinstance(event, Heard) and event.sender != self.cohort.coordinator:
+            raise PeerViolation(f"{event.sender} is not the coordinator of this task")
+        return step(self, event, now)
+
+    def _join(self, event: Join, now: float) -> list[Action]:
+        if other := _not_float32(event.state):
+            raise ProtectionError(
+                f"the first state must be float32, and {other} is {event.state[other].dtype}"
+            )
+        self._layout = layout_of(event.state)
+        fields = {"layout": _layout_digest(event.state)}
+        first = self.me == self.cohort.contributors[0]
+        self.phase = ContributorPhase.JOINING
+        return [Tell(self.cohort.coordinator, HELLO, 0, Payload(fields, event.state if first else {}))]
+
+    def _first_state(self, event: Heard, now: float) -> list[Action]:
+        self._check_state(event)
+        self._begin(event.round + 1)
+        return [Ready(event.payload.tensors, event.round)]
+
+    def _begin(self, number: int) -> None:
+        over = number > self.rounds
+        self.phase = ContributorPhase.FINISHED if over else ContributorPhase.TRAINING
+        self.number = number
+        self._newest = None
+        self._sum = None if over else self.secure_sum.party(self.cohort, self.me, self._layout)
+
+    def _check_state(self, event: Heard) -> None:
+        fields = event.payload.fields
+        if layout_of(event.payload.tensors) != self._layout:
+            raise PeerViolation(
+                f"the state of round {event.round} has other names or shapes than our parameters"
+            )
+        if fields.keys() != {"sums", "contributors", "stop"} or not _is_news(fields, self.cohort):
+            raise PeerViolation(f"the state of round {event.round} lacks sums, contributors or stop")
+        if event.round > self.rounds:
+            raise PeerViolation(f"a state of round {event.round}; the task has {self.rounds}")
+        _check_values(event.payload.tensors, what=f"the state of round {event.round}")
+
+    @property
+    def overtaken(self) -> bool:
+        """A round ended without us while we trained: what we offer will not be sent."""
+        return self._newest is not None
+
+    def _replaced(self, event: Heard, now: float) -> list[Action]:
+        """Remember the newest state, it replaces our own term."""
+        self._check_state(event)
+        if event.round >= self.number and (self._newest is None or event.round > self._newest.round):
+            self._newest = event
+        return []
+
+    def _offer(self, event: Offer, now: float) -> list[Action]:
+        if self._newest is not None:
+            late = Ignored(self.me, self.number, f"late: round {self._newest.round} is already over")
+            return [late, *self._finish(self._newest)]
+        assert self._sum is not None
+        actions = self._sum.handle(SumContribute(event.update))
+        self.phase = ContributorPhase.WAITING
+        return self._tell(actions)
+
+    def _tell(self, actions: list[SumAction]) -> list[Action]:
+        return [Tell(a.receiver, TERM, self.number, a.body) for a in actions if isinstance(a, SumSend)]
+
+    def _sum_message(self, event: Heard, now: float) -> list[Action]:
+        if event.round != self.number:
+            return [Ignored(event.sender, event.round, f"round {self.number} is open")]
+        assert self._sum is not None
+        return self._tell(self._sum.handle(SumReceived(event.sender, event.payload)))
+
+    def _state(self, event: Heard, now: float) -> list[Action]:
+        self._check_state(event)
+        if event.round < self.number:
+            return [Ignored(event.sender, event.round, "an older state")]
+        return self._finish(event)
+
+    def _finish(self, event: Heard) -> list[Action]:
+        fields = event.payload.fields
+        stop = bool(fields["stop"])
+        result = RoundResult(
+            event.payload.tensors, event.round, dict(fields["sums"]), tuple(fields["contributors"]), stop
+        )
+        self._begin(self.rounds + 1 if stop else event.round + 1)
+        return [RoundDone(result)]
+
+    def _nothing(self, event: ContributorEvent, now: float) -> list[Action]:
+        return []
+
+
+def _is_news(fields: Mapping[str, Any], cohort: Cohort) -> bool:
+    sums, contributors, stop = fields["sums"], fields["contributors"], fields["stop"]
+    return (
+        isinstance(sums, dict)
+        and all(type(value) in (int, float) and abs(value) <= sys.float_info.max for value in sums.values())
+        and isinstance(contributors, list)
+        and all(party in cohort.contributors for party in contributors)
+        and type(stop) is bool
+    )
+
+
+_CONTRIBUTOR: dict[ContributorPhase, dict[str | type, _Step]] = {
+    ContributorPhase.NEW: {Join: ContributorMachine._join},
+    ContributorPhase.JOINING: {STATE: ContributorMachine._first_state, Tick: ContributorMachine._nothing},
+    ContributorPhase.TRAINING: {
+        STATE: ContributorMachine._replaced,
+        ANSWER: ContributorMachine._nothing,
+        Offer: ContributorMachine._offer,
+        Tick: ContributorMachine._nothing,
+    },
+    ContributorPhase.WAITING: {
+        STATE: ContributorMachine._state,
+        ANSWER: ContributorMachine._sum_message,
+        Tick: ContributorMachine._nothing,
+    },
+    ContributorPhase.FINISHED: {
+        STATE: ContributorMachine._nothing,
+        ANSWER: ContributorMachine._nothing,
+        Tick: ContributorMachine._nothing,
+    },
+}

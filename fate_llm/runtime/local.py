@@ -1,0 +1,130 @@
+"""All parties of a job on one machine: a thread each, the in-memory transport, one frozen base model.
+
+Every party runs the same code as in a process of its own; only the transport and the sharing differ.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fate_llm.core.errors import FateError, JobCancelled, PeerFailed
+from fate_llm.core.interfaces import Transport
+from fate_llm.core.values import Roster
+from fate_llm.protocols.channel import JobChannel
+from fate_llm.protocols.transports.memory import MemoryNetwork
+
+from .context import JobSetting
+from .events import EventLog
+from .jobfolder import JobFolder
+from .party import Assignment, PartyRun
+from .sharing import Sharing
+
+__all__ = ["LocalJob", "Outcome", "one_malloc_arena"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a job ended. status: success, failed or cancelled. outputs: {party: {task: {output: path}}}.
+
+    errors: by party. error: the one that started it, or None.
+    """
+
+    status: str
+    outputs: dict[str, dict[str, dict[str, str]]]
+    errors: dict[str, FateError] = field(default_factory=dict)
+    error: FateError | None = None
+
+
+class LocalJob:
+    """One job. `run` in one thread, `cancel` from any other."""
+
+    def __init__(
+        self,
+        *,
+        job_id: str,
+        roster: Roster,
+        assignments: Mapping[str, Sequence[Assignment]],
+        seed: int,
+        patience: float,
+        base: Path,
+        folder: JobFolder,
+        events: EventLog,
+        finished: Mapping[str, Mapping[str, Mapping[str, str]]] | None = None,
+        network: MemoryNetwork | None = None,
+    ) -> None:
+        one_malloc_arena()
+        network = network or MemoryNetwork()
+        sharing = Sharing()
+        self._channels: dict[str, JobChannel] = {}
+        self._runs: dict[str, PartyRun] = {}
+        for party in roster:
+            party_folder = folder.party(party)
+            transport: Transport = network.connect(party)
+            channel = JobChannel(
+                transport,
+                job=job_id,
+                party=party,
+                members=tuple(roster),
+                observer=lambda kind, fields, p=party, f=party_folder: events.emit(f, p, "", kind, fields),
+            )
+            setting = JobSetting(
+                job_id, party, roster, seed, patience, base, party_folder, channel, events, sharing
+            )
+            self._channels[party] = channel
+            self._runs[party] = PartyRun(setting, assignments.get(party, ()), (finished or {}).get(party, {}))
+
+    def run(self) -> Outcome:
+        """Run all parties to their end. Nothing is left running when this returns."""
+        threads = [
+            threading.Thread(target=run.run, name=f"party-{party}", daemon=True) for party, run in self._runs.items()
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                while thread.is_alive():  # a plain join would not see Ctrl-C
+                    thread.join(0.2)
+        except KeyboardInterrupt:
+            self.cancel("stopped by Ctrl-C")
+            for thread in threads:
+                thread.join()
+        finally:
+            for channel in self._channels.values():
+                channel.close()
+        return self._outcome()
+
+    def cancel(self, reason: str) -> None:
+        """Stop all parties: waits end at once, training ends after the step that is running."""
+        for channel in self._channels.values():
+            channel.cancel(reason)
+
+    def _outcome(self) -> Outcome:
+        errors = {party: run.error for party, run in self._runs.items() if run.error is not None}
+        outputs = {
+            party: {task: {name: str(a.path) for name, a in found.items()} for task, found in run.outputs.items()}
+            for party, run in self._runs.items()
+        }
+        if not errors:
+            return Outcome("success", outputs)
+        causes = [error for error in errors.values() if not isinstance(error, PeerFailed)]
+        cause = causes[0] if causes else next(iter(errors.values()))
+        cancelled = all(isinstance(error, JobCancelled) for error in causes) and bool(causes)
+        return Outcome("cancelled" if cancelled else "failed", outputs, errors, cause)
+
+
+def one_malloc_arena() -> None:
+    """Keep glibc from giving each thread an arena of its own: with eight parties that triples the memory.
+
+    Has to happen before torch is imported; elsewhere than on glibc it does nothing.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        ctypes.CDLL(None).mallopt(ctypes.c_int(-8), ctypes.c_int(1))  # M_ARENA_MAX
+    except AttributeError:
+        return

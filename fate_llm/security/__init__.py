@@ -1,0 +1,1 @@
+"""Arithmetic of protection. No torch, no pika, no files, no network, no threads."""
