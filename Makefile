@@ -1,8 +1,8 @@
 # Two commands: `make quickstart` and `make test`. Both can be run again at any time.
 #
-# TORCH says where the CPU build of torch comes from: a requirement, a wheel's path, or options of pip. Where the
-# package index serves a CUDA build under this name, say so, for example:
-#   make quickstart TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# TORCH says where the CPU build of torch comes from: a requirement, a wheel's path, or words for pip. Where your
+# package index serves a CUDA build under this name, name the CPU build instead:
+#   make quickstart TORCH="torch==2.13.0+cpu --find-links FOLDER-OR-PAGE-WITH-CPU-WHEELS"
 
 PYTHON ?= python3
 VENV   ?= .venv

@@ -13,6 +13,7 @@ from _local import Diary, Task, run_job
 from _measure import own_peak_mib
 from _records import write_records
 
+from fate_llm.runtime.local import one_malloc_arena
 from fate_llm.runtime.party import InputRef
 
 
@@ -23,6 +24,7 @@ def main() -> None:
     parser.add_argument("--model", type=json.loads, required=True)
     parser.add_argument("--folder", type=Path, required=True, help="an empty folder")
     options = parser.parse_args()
+    _import_libraries()
     diary = _run(options)
     prepared, trained = max(diary.times("encoded")), max(diary.times("round", round=options.rounds))
     tokens = [event.fields["tokens"] for _, event in diary.pages if event.kind == "encoded"]
@@ -34,6 +36,16 @@ def main() -> None:
         "peak_mib": own_peak_mib(),
     }
     print(json.dumps(answer))
+
+
+def _import_libraries() -> None:
+    """What training will import, before anything is timed; after the setting that has to come before torch."""
+    one_malloc_arena()
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+
+    assert all((LoraConfig, get_peft_model, AutoModelForCausalLM, AutoTokenizer))
+    assert all((Trainer, TrainerCallback, TrainingArguments))
 
 
 def _run(options: argparse.Namespace) -> Diary:

@@ -37,7 +37,18 @@ __all__ = [
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
-_PACKAGES = ("fate_llm", "numpy", "pydantic", "click", "torch", "transformers", "peft", "accelerate", "flwr", "ray")
+_PACKAGES = (
+    "fate_llm",
+    "numpy",
+    "pydantic",
+    "click",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "flwr",
+    "ray",
+)
 _SUBREAPER = 36  # prctl: whoever loses its parent becomes our child, so that no process leaves the tree
 
 median = statistics.median
@@ -167,7 +178,11 @@ def environment(*folders: Path, **variables: str) -> dict[str, str]:
 
 
 def run_child(
-    command: Sequence[str | Path], *, timeout: float, env: Mapping[str, str] | None = None, answers: bool = True
+    command: Sequence[str | Path],
+    *,
+    timeout: float,
+    env: Mapping[str, str] | None = None,
+    answers: bool = True,
 ) -> Child:
     """Run a command to its end. answers: its last line on stdout is a JSON object.
 

@@ -52,8 +52,9 @@ def _folder_of(model: dict[str, str]) -> str:
 def _load(source: str) -> tuple[Any, Any]:
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
+    assert Trainer is not None
     base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     settings = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     return get_peft_model(base, settings), AutoTokenizer.from_pretrained(source)
@@ -69,13 +70,17 @@ def _encode(tokenizer: Any, folder: Path, rows: int, *, seed: int) -> list[dict[
             {"role": "user", "content": record["instruction"]},
             {"role": "assistant", "content": record["output"]},
         ]
-        ids = torch.tensor(tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False))
+        text = tokenizer.apply_chat_template(turns, tokenize=False).removesuffix("\n")
+        ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
         encoded.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
     return encoded
 
 
 def _trainer(model: Any, rows: list[dict[str, Any]], options: argparse.Namespace) -> Any:
-    from transformers import Trainer, TrainingArguments
+    from transformers import (  # imported by `_load` already, before the clock started
+        Trainer,
+        TrainingArguments,
+    )
 
     arguments = TrainingArguments(
         output_dir=str(options.folder / "trainer"),

@@ -39,9 +39,7 @@ def make_channels() -> Iterator[Callable[..., dict[str, JobChannel]]]:
     ) -> dict[str, JobChannel]:
         network = MemoryNetwork(faults, linger=linger)
         channels = {
-            party: JobChannel(
-                network.connect(party), job="job", party=party, members=tuple(parties), **settings
-            )
+            party: JobChannel(network.connect(party), job="job", party=party, members=tuple(parties), **settings)
             for party in parties
         }
         opened.extend(channels.values())

@@ -19,7 +19,11 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout.")
 set_option = click.option(
-    "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a value, e.g. job.seed=8; may be repeated."
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a value, e.g. job.seed=8; may be repeated.",
 )
 pipeline_argument = click.argument("pipeline", type=click.Path(path_type=Path, dir_okay=False))
 

@@ -73,9 +73,9 @@ class Progress:
         with self._lock:
             self._note(event)
             sent = self._rows[event.party].sent if event.party in self._rows else ""
-        if not self._quiet and (text := _sentence(event, sent)) is not None:
-            if self._live is None or event.kind in ("note", "party_failed", "refused", "ignored", "retry"):
-                self.say(f"{time.monotonic() - self._started:7.1f} s  {text}")
+        text = None if self._quiet else _sentence(event, sent)
+        if text is not None and (self._live is None or event.kind in _URGENT):
+            self.say(f"{time.monotonic() - self._started:7.1f} s  {text}")
 
     def _note(self, event: Event) -> None:
         if not event.party:
@@ -117,24 +117,28 @@ _DOING = {
 }
 
 
+_URGENT = ("note", "party_failed", "refused", "ignored", "retry")
+_DETAILED = ("refused", "ignored", "retry", "data", "trainable", "scored", "task_started", "task_finished")
+
+
 def _sentence(event: Event, sent: str) -> str | None:
     """One line for an event, or None for those that are not worth one. sent: what the party has sent so far."""
     fields: Any = event.fields
     who = f"{event.party:<12} {event.task:<10}"
+    at = f"round {fields.get('round')}/{fields.get('rounds')}"
     if event.kind == "round":
-        parts = [f"round {fields['round']}/{fields['rounds']}", f"local loss {fields['local_loss']:.3f}"]
-        parts += [f"all parties' loss {fields['loss']:.3f}", f"{fields['tokens']} tokens trained"]
-        return f"{who} {', '.join(parts)}, {sent} sent so far"
+        losses = f"local loss {fields['local_loss']:.3f}, all parties' loss {fields['loss']:.3f}"
+        return f"{who} {at}, {losses}, {fields['tokens']} tokens trained, {sent} sent so far"
     if event.kind == "step":
-        return f"{who} round {fields['round']}/{fields['rounds']} step {fields['step']}/{fields['steps']} loss {fields['loss']:.3f}"
+        return f"{who} {at} step {fields['step']}/{fields['steps']} loss {fields['loss']:.3f}"
     if event.kind == "round_closed":
         missing = f", missing {', '.join(fields['missing'])}" if fields["missing"] else ""
-        return f"{who} round {fields['round']}/{fields['rounds']} summed over {len(fields['contributors'])} parties{missing}"
+        return f"{who} {at} summed over {len(fields['contributors'])} parties{missing}"
     if event.kind == "note":
         return f"{who} {fields['text']}"
     if event.kind == "party_failed":
         return f"{who} failed [{fields['code']}]: {fields['message']}"
-    if event.kind in ("refused", "ignored", "retry", "data", "trainable", "scored", "task_started", "task_finished"):
+    if event.kind in _DETAILED:
         details = ", ".join(f"{key} {value}" for key, value in fields.items())
         return f"{who} {event.kind.replace('_', ' ')}: {details}"
     return None

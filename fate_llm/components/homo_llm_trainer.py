@@ -324,7 +324,7 @@ def _arguments(params: HomoLlmTrainer.Params) -> dict[str, Any]:
     return {
         "per_device_train_batch_size": params.batch_size,
         "gradient_accumulation_steps": params.gradient_accumulation,
-        "gradient_checkpointing": params.gradient_checkpointing,
+        **({"gradient_checkpointing": True} if params.gradient_checkpointing else {}),
         "learning_rate": params.learning_rate,
         "lr_scheduler_type": params.lr_scheduler,
         "warmup_steps": params.warmup_steps,

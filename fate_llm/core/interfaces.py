@@ -263,9 +263,7 @@ class UpdateHook(Protocol):
 class ContributorRound(Protocol):
     number: int
 
-    def contribute(
-        self, arrays: Arrays, *, weight: float, sums: Mapping[str, float] | None = None
-    ) -> RoundResult: ...
+    def contribute(self, arrays: Arrays, *, weight: float, sums: Mapping[str, float] | None = None) -> RoundResult: ...
 
 
 class ContributorRounds(Protocol):

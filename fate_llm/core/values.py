@@ -165,9 +165,7 @@ class RoundResult:
     stop: bool = False
 
     def __repr__(self) -> str:
-        return (
-            f"RoundResult(round {self.number}, {_shapes(self.state)}, contributors={list(self.contributors)})"
-        )
+        return f"RoundResult(round {self.number}, {_shapes(self.state)}, contributors={list(self.contributors)})"
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -210,8 +208,7 @@ def require_same_layout(first: Arrays, second: Arrays, *, what: str) -> None:
         lacking = sorted(first.keys() - second.keys())[:3]
         unknown = sorted(second.keys() - first.keys())[:3]
         raise ProtectionError(
-            f"{what}: parameter names differ; missing {lacking or 'none'}, "
-            f"not known here {unknown or 'none'}",
+            f"{what}: parameter names differ; missing {lacking or 'none'}, not known here {unknown or 'none'}",
             hint="All parties need the same model and the same peft settings.",
         )
     for name, array in first.items():

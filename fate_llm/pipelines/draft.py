@@ -48,7 +48,12 @@ def draft_of(raw: Mapping[str, Any], spec: PipelineSpec, faults: Faults) -> Draf
         path = ("tasks", name, "component")
         known = plugins.names("component")
         if task.component not in known:
-            faults.add("unknown_component", path, f"no component is called {task.component!r}", nearest(task.component, known))
+            faults.add(
+                "unknown_component",
+                path,
+                f"no component is called {task.component!r}",
+                nearest(task.component, known),
+            )
             continue
         try:
             components[name] = load_component(task.component)

@@ -164,12 +164,21 @@ class _Task:
         unknown = [field for field in view.plugins if field.name not in plugins.names(field.kind)]
         for field in unknown:
             hint = nearest(field.name, plugins.names(field.kind))
-            self._place_fault("unknown_plugin", field.path, f"no {field.kind} is called {field.name!r}", hint, [view.party])
+            self._place_fault(
+                "unknown_plugin", field.path, f"no {field.kind} is called {field.name!r}", hint, [view.party]
+            )
         known = [field for field in view.plugins if field not in unknown]
         for rule in known:
             for protection in known:
-                pair = (rule.kind, protection.kind) == ("aggregator", "sum") and rule.holder == protection.holder
-                if pair and self._load(rule, view).needs_plaintext and self._load(protection, view).hides_terms:
+                pair = (rule.kind, protection.kind) == (
+                    "aggregator",
+                    "sum",
+                ) and rule.holder == protection.holder
+                if (
+                    pair
+                    and self._load(rule, view).needs_plaintext
+                    and self._load(protection, view).hides_terms
+                ):
                     message = f"the aggregator {rule.name!r} needs every party's update, {protection.name!r} hides them"
                     hint = "another aggregator, or a protection that shows updates if every party agrees"
                     self._place_fault("aggregator_needs_plaintext", rule.path, message, hint, [view.party])

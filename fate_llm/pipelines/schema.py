@@ -65,7 +65,12 @@ Duration = Annotated[
     float,
     BeforeValidator(parse_duration),
     WithJsonSchema(
-        {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string", "pattern": _DURATION.pattern}]}
+        {
+            "anyOf": [
+                {"type": "number", "exclusiveMinimum": 0},
+                {"type": "string", "pattern": _DURATION.pattern},
+            ]
+        }
     ),
 ]
 
@@ -80,7 +85,9 @@ class Parties(Strict):
     """Who takes part, by role. One organisation may hold several roles."""
 
     guest: Name = Field(description="Starts the job and owns data, often the labels.")
-    hosts: Listed[Name] = Field((), description="Contribute data; sums are added in this order, after the guest.")
+    hosts: Listed[Name] = Field(
+        (), description="Contribute data; sums are added in this order, after the guest."
+    )
     arbiter: Name | None = Field(None, description="Coordinates and aggregates. Without one the guest does.")
     key_holder: Name | None = Field(None, description="Holds the key of homomorphic aggregation.")
 
@@ -125,7 +132,9 @@ _One = Annotated[
     Annotated[ReferenceText, Tag(_REFERENCE)] | Annotated[Folder, Tag(_FOLDER)], Discriminator(_form_of_one)
 ]
 InputValue = Annotated[
-    Annotated[ReferenceText, Tag(_REFERENCE)] | Annotated[Folder, Tag(_FOLDER)] | Annotated[Listed[_One], Tag(_LIST)],
+    Annotated[ReferenceText, Tag(_REFERENCE)]
+    | Annotated[Folder, Tag(_FOLDER)]
+    | Annotated[Listed[_One], Tag(_LIST)],
     Discriminator(_form),
 ]
 """`task.output`, `{path: folder}`, or a list of them for a port that takes many."""
@@ -134,13 +143,17 @@ InputValue = Annotated[
 class TaskSpec(Strict):
     """One task: an instance of a component."""
 
-    component: str = Field(min_length=1, description="What the task does; `fate_llm components list` has the names.")
+    component: str = Field(
+        min_length=1, description="What the task does; `fate_llm components list` has the names."
+    )
     inputs: dict[str, InputValue] = Field(default_factory=dict, description="Where each input comes from.")
     params: dict[str, Any] = Field(default_factory=dict, description="Settings of the component.")
     roles: Listed[Annotated[Role, Field(strict=False)]] | None = Field(
         None, description="Only these roles take part; all that the component has, when not given."
     )
-    parties: Listed[Name] | None = Field(None, description="Only these parties take part; all, when not given.")
+    parties: Listed[Name] | None = Field(
+        None, description="Only these parties take part; all, when not given."
+    )
     stage: Literal["train", "predict"] | None = Field(
         None,
         description="In a prediction pipeline: `train` leaves the task out, `predict` keeps it as it is; "
@@ -152,7 +165,9 @@ class TaskOverride(Strict):
     """What differs at one party: params are merged deeply, an input replaces the task's."""
 
     params: dict[str, Any] = Field(default_factory=dict, description="Merged over the task's params.")
-    inputs: dict[str, InputValue] = Field(default_factory=dict, description="Replace the task's inputs, by port.")
+    inputs: dict[str, InputValue] = Field(
+        default_factory=dict, description="Replace the task's inputs, by port."
+    )
 
 
 class JobSettings(Strict):
@@ -160,7 +175,9 @@ class JobSettings(Strict):
 
     seed: int = Field(0, ge=0, lt=2**63, description="Decides data order and splits; never keys or noise.")
     round_deadline: Duration = Field(600.0, description="How long a round waits: seconds, or 30s, 10m, 2h.")
-    quorum: int | None = Field(None, ge=1, description="Least number of contributors in a round; all by default.")
+    quorum: int | None = Field(
+        None, ge=1, description="Least number of contributors in a round; all by default."
+    )
     retries: int = Field(0, ge=0, le=100, description="How often a task that failed is started again.")
 
 

@@ -90,9 +90,7 @@ class TaskContext:
     def seed(self, *labels: str) -> int:
         return derive_seed(self._setting.seed, *labels)
 
-    def contributor_rounds(
-        self, count: int, *, protection: str, hooks: Sequence[UpdateHook] = ()
-    ) -> ContributorDriver:
+    def contributor_rounds(self, count: int, *, protection: str, hooks: Sequence[UpdateHook] = ()) -> ContributorDriver:
         return ContributorDriver(self._rounds(count, protection, hooks), self.party)
 
     def coordinator_rounds(

@@ -87,9 +87,8 @@ def _type(root: dict[str, Any], field: dict[str, Any]) -> str:
         return f"list of {_type(root, inner.get('items', {}))}"
     if "properties" in inner:
         return "mapping"
-    return {"object": "mapping", "integer": "whole number", "string": "text"}.get(
-        inner.get("type", "any"), inner.get("type", "any")
-    )
+    kind = str(inner.get("type", "any"))
+    return {"object": "mapping", "integer": "whole number", "string": "text"}.get(kind, kind)
 
 
 _BOUNDS = {

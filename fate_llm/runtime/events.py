@@ -28,7 +28,13 @@ class Event:
     fields: Mapping[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        return {"event": self.kind, "party": self.party, "task": self.task, "time": self.seconds, **self.fields}
+        return {
+            "event": self.kind,
+            "party": self.party,
+            "task": self.task,
+            "time": self.seconds,
+            **self.fields,
+        }
 
 
 Observer = Callable[[Event], None]

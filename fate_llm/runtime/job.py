@@ -154,6 +154,7 @@ class Submission:
             status="running",
             pipeline=digest(spec.to_data()),
             seed=spec.job.seed,
+            base=str(self._base),
             started=self._now(),
             versions=_versions(),
             python=platform.python_version(),
@@ -219,9 +220,7 @@ class Submission:
 def _finished_everywhere(spec: PipelineSpec, outcome: Outcome) -> dict[str, dict[str, dict[str, str]]]:
     """Outputs of the tasks that all their parties have finished: these are not run again."""
     done = {
-        task
-        for task in spec.tasks
-        if all(task in outcome.outputs.get(party, {}) for party in spec.parties_of(task))
+        task for task in spec.tasks if all(task in outcome.outputs.get(party, {}) for party in spec.parties_of(task))
     }
     return {party: {t: o for t, o in tasks.items() if t in done} for party, tasks in outcome.outputs.items()}
 

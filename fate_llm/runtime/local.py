@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from fate_llm.core.errors import FateError, JobCancelled, PeerFailed
@@ -70,11 +71,9 @@ class LocalJob:
                 job=job_id,
                 party=party,
                 members=tuple(roster),
-                observer=lambda kind, fields, p=party, f=party_folder: events.emit(f, p, "", kind, fields),
+                observer=partial(events.emit, party_folder, party, ""),
             )
-            setting = JobSetting(
-                job_id, party, roster, seed, patience, base, party_folder, channel, events, sharing
-            )
+            setting = JobSetting(job_id, party, roster, seed, patience, base, party_folder, channel, events, sharing)
             self._channels[party] = channel
             self._runs[party] = PartyRun(setting, assignments.get(party, ()), (finished or {}).get(party, {}))
 

@@ -95,9 +95,7 @@ class PartyRun:
             self.outputs[assignment.task] = self._collect(assignment.task, component)
             return
         self._setting.folder.clear(assignment.task)
-        inputs = {
-            port: self._resolve(ref, component.inputs[port].kind) for port, ref in assignment.inputs.items()
-        }
+        inputs = {port: self._resolve(ref, component.inputs[port].kind) for port, ref in assignment.inputs.items()}
         self._emit(assignment.task, "task_started", component=assignment.component)
         contexts = [
             TaskContext(
@@ -126,9 +124,7 @@ class PartyRun:
                 found[name] = Artifact(port.kind, path, f"{task}.{name}", self._setting.party)
         return found
 
-    def _resolve(
-        self, ref: InputRef | tuple[InputRef, ...], kind: ArtifactKind
-    ) -> Artifact | tuple[Artifact, ...]:
+    def _resolve(self, ref: InputRef | tuple[InputRef, ...], kind: ArtifactKind) -> Artifact | tuple[Artifact, ...]:
         if isinstance(ref, tuple):
             found = [self._find(single, kind) for single in ref]
             return tuple(artifact for artifact in found if artifact is not None)
@@ -153,9 +149,7 @@ def _role_call(component: Any, ctx: TaskContext) -> Callable[[], None]:
     return lambda: method(ctx)
 
 
-def _together(
-    calls: Sequence[Callable[[], None]], *, name: str, on_error: Callable[[Exception], None]
-) -> None:
+def _together(calls: Sequence[Callable[[], None]], *, name: str, on_error: Callable[[Exception], None]) -> None:
     """Run all calls at once: the first here, the others in threads of their own. Raises the first error.
 
     A coordinator that also contributes runs both sides so. on_error: told at once, so that the other side, which may

@@ -26,7 +26,12 @@ def prepare(
     """A job that is ready to run, in a new folder below `workdir`. base: where relative paths of data start."""
     job_id = job_name(spec.name, now=time.time(), unique=random_id(2))
     return Submission(
-        spec, job_id=job_id, base=base.absolute(), workdir=workdir.absolute(), now=time.time, observers=observers
+        spec,
+        job_id=job_id,
+        base=base.absolute(),
+        workdir=workdir.absolute(),
+        now=time.time,
+        observers=observers,
     )
 
 

@@ -62,9 +62,7 @@ def commands(tree: ast.Module) -> set[str]:
 
 def exported(tree: ast.Module) -> list[str] | None:
     for node in tree.body:
-        if isinstance(node, ast.Assign) and any(
-            isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets
-        ):
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
             value = ast.literal_eval(node.value)
             assert isinstance(value, list)
             return value
@@ -140,9 +138,7 @@ def test_every_module_starts_with_a_sentence() -> None:
 def is_broad(handler: ast.ExceptHandler) -> bool:
     caught = handler.type
     names = [caught] if not isinstance(caught, ast.Tuple) else caught.elts
-    return any(
-        n is None or (isinstance(n, ast.Name) and n.id in ("Exception", "BaseException")) for n in names
-    )
+    return any(n is None or (isinstance(n, ast.Name) and n.id in ("Exception", "BaseException")) for n in names)
 
 
 def test_broad_excepts_stand_at_a_boundary_and_say_so() -> None:

@@ -185,9 +185,7 @@ def test_component_modules_import_heavy_libraries_inside_functions_only(heavy: s
     wrong = []
     for path in files:
         at_load = [
-            n
-            for n in ast.parse(path.read_text(encoding="utf-8")).body
-            if isinstance(n, ast.Import | ast.ImportFrom)
+            n for n in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(n, ast.Import | ast.ImportFrom)
         ]
         wrong += [shown(path) for n in at_load if heavy in {name.split(".")[0] for name in named(n, path)}]
     assert not wrong, "\n".join(wrong)
@@ -206,9 +204,7 @@ def test_loading_every_plugin_loads_no_torch() -> None:
         "print(count, *heavy)\n"
     )
     environment = {"PYTHONPATH": str(ROOT.parent), "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
     # Then nothing heavy has come along
     assert done.returncode == 0, done.stderr
     count, *heavy = done.stdout.split()

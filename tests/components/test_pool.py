@@ -54,11 +54,7 @@ def test_pieces_are_bounded_and_cut_anywhere(tmp_path: Path) -> None:
     rows = {"bank-a": [], "bank-b": rows_of("bank-b", 3, MIB), "bank-c": rows_of("bank-c", 1)}
     contexts = contexts_with(tmp_path, rows, PoolParams(chunk_mib=1))
     run_parties(Pool(), contexts)
-    sent = [
-        payload.tensors["records"]
-        for _, name, payload in contexts["bank-b"].channel.sent
-        if name != "pool-header"
-    ]
+    sent = [payload.tensors["records"] for _, name, payload in contexts["bank-b"].channel.sent if name != "pool-header"]
     assert len(sent) == 4
     assert all(chunk.dtype == np.uint8 and chunk.size <= MIB for chunk in sent)
     assert {receiver for receiver, _, _ in contexts["bank-b"].channel.sent} == {"bank-a"}

@@ -79,9 +79,7 @@ def test_hosts_read_too(tmp_path: Path) -> None:
 
 
 def test_the_row_in_the_file_is_the_records_id(tmp_path: Path) -> None:
-    (tmp_path / "data.jsonl").write_text(
-        '{"prompt": "a", "response": "b"}\n\n{"prompt": "c", "response": "d"}\n'
-    )
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "response": "b"}\n\n{"prompt": "c", "response": "d"}\n')
     dataset, _, _ = read(tmp_path, "data.jsonl")
     assert [record.id for record in dataset] == ["1", "3"]
 
@@ -159,9 +157,7 @@ def test_a_missing_package_names_the_extra() -> None:
         ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, {}, "q"),
     ],
 )
-def test_the_mapping_is_found_or_given(
-    tmp_path: Path, row: Any, fields: dict[str, str], expected: str
-) -> None:
+def test_the_mapping_is_found_or_given(tmp_path: Path, row: Any, fields: dict[str, str], expected: str) -> None:
     write_jsonl(tmp_path / "data.jsonl", [row])
     dataset, _, _ = read(tmp_path, "data.jsonl", fields=fields)
     assert pairs(dataset) == [(expected, "a", None)]
@@ -200,9 +196,7 @@ def test_category_and_key_are_taken_along(tmp_path: Path) -> None:
         (["q", "output", "answer"], {"question": "q"}, "more than one reading", "Say which"),
     ],
 )
-def test_an_unclear_mapping_is_refused(
-    found: list[str], fields: dict[str, str], message: str, hint: str
-) -> None:
+def test_an_unclear_mapping_is_refused(found: list[str], fields: dict[str, str], message: str, hint: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         find_columns(FieldNames(**fields), found, file="data.csv")
     assert hint in caught.value.hint
@@ -264,9 +258,7 @@ GOOD = b'{"question": "q", "answer": "a"}\n'
 )
 def test_a_bad_row_is_named_without_its_contents(tmp_path: Path, line: bytes, field: str, found: str) -> None:
     faults = faults_of(tmp_path, GOOD + line + b"\n" + GOOD)
-    assert [(f["file"], f["row"], f["field"], f["found"]) for f in faults] == [
-        ("data.jsonl", 2, field, found)
-    ]
+    assert [(f["file"], f["row"], f["field"], f["found"]) for f in faults] == [("data.jsonl", 2, field, found)]
     assert faults[0]["valid"]
     written = (tmp_path / "outputs/bank-a/data/report/report.md").read_text(encoding="utf-8")
     assert "secret" not in json.dumps(faults) + written
@@ -355,9 +347,7 @@ def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
         ("a.parquet", b"this is no parquet file", "no Parquet"),
     ],
 )
-def test_a_file_that_is_wrong_as_a_whole(
-    tmp_path: Path, name: str, content: bytes | None, message: str
-) -> None:
+def test_a_file_that_is_wrong_as_a_whole(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
@@ -444,9 +434,7 @@ def test_tokens_are_counted_when_a_tokenizer_is_named(tmp_path: Path) -> None:
     from tests.components.tiny_tokenizer import CHATML, byte_tokenizer
 
     byte_tokenizer(CHATML).save_pretrained(tmp_path / "tok")
-    write_jsonl(
-        tmp_path / "data.jsonl", [{"question": "q", "answer": "ab"}, {"question": "qqq", "answer": "b"}]
-    )
+    write_jsonl(tmp_path / "data.jsonl", [{"question": "q", "answer": "ab"}, {"question": "qqq", "answer": "b"}])
     _, report, _ = read(tmp_path, "data.jsonl", tokenizer="tok")
     tokens = report["statistics"]["tokens"]
     assert tokens["answer"] == {"min": 2, "max": 3, "sum": 5, "mean": 2.5}

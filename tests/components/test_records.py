@@ -21,9 +21,7 @@ from fate_llm.core.errors import DataError
 
 def records(count: int) -> list[Record]:
     return [
-        Record.from_instruction(
-            str(at), f"question {at} é中", f"answer {at}", category=f"c{at % 3}", key=str(at % 2)
-        )
+        Record.from_instruction(str(at), f"question {at} é中", f"answer {at}", category=f"c{at % 3}", key=str(at % 2))
         for at in range(count)
     ]
 
@@ -50,9 +48,7 @@ def test_an_input_is_part_of_the_content_and_can_be_told_apart() -> None:
 
 
 @given(st.text(min_size=1), st.text(), st.text(min_size=1), st.none() | st.text(), st.none() | st.text())
-def test_a_record_survives_json(
-    question: str, given_input: str, answer: str, category: str, key: str
-) -> None:
+def test_a_record_survives_json(question: str, given_input: str, answer: str, category: str, key: str) -> None:
     record = Record.from_instruction("7", question, answer, input=given_input, category=category, key=key)
     line = json.loads(json.dumps(record.as_dict()))
     assert Record.from_dict(line) == record
@@ -112,9 +108,7 @@ def test_repr_shows_no_text() -> None:
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     rows = records(10)
-    dataset = write_dataset(
-        tmp_path / "d", rows, template="chat", fields={"instruction": "q"}, source="f.csv"
-    )
+    dataset = write_dataset(tmp_path / "d", rows, template="chat", fields={"instruction": "q"}, source="f.csv")
     assert list(dataset) == rows
     assert [dataset[at] for at in range(10)] == rows
     assert dataset[-1] == rows[-1]

@@ -33,9 +33,7 @@ PARTIES = BANKS.data_owners
 def rows_of(counts: dict[str | None, int], *, keys: int = 0) -> list[Record]:
     labels = [label for label, count in counts.items() for _ in range(count)]
     return [
-        Record.from_instruction(
-            str(at), f"q{at}", f"a{at}", category=label, key=str(at % keys) if keys else None
-        )
+        Record.from_instruction(str(at), f"q{at}", f"a{at}", category=label, key=str(at % keys) if keys else None)
         for at, label in enumerate(labels)
     ]
 
@@ -44,9 +42,7 @@ def split(
     folder: Path, rows: Sequence[Record], params: SplitterParams, *, seed: int = 7, roster: Roster = BANKS
 ) -> dict[str, dict[str, Any]]:
     """Every party splits the same rows. By party: the data sets written, and the manifest."""
-    source = write_dataset(
-        folder / "source", rows, template="chat", fields={"instruction": "q"}, source="f.csv"
-    )
+    source = write_dataset(folder / "source", rows, template="chat", fields={"instruction": "q"}, source="f.csv")
     inputs = {
         party: {"data": Artifact(ArtifactKind.DATASET, source.path, "data.dataset", party)}
         for party in roster.data_owners
@@ -57,9 +53,7 @@ def split(
     for party in roster.data_owners:
         outputs = folder / "outputs" / party / "split"
         parts: dict[str, Any] = {
-            part: Dataset(outputs / part)
-            for part in ("train", "validation", "test")
-            if (outputs / part).exists()
+            part: Dataset(outputs / part) for part in ("train", "validation", "test") if (outputs / part).exists()
         }
         parts["manifest"] = json.loads((outputs / "manifest/report.json").read_text())
         found[party] = parts
@@ -154,9 +148,7 @@ def test_parties_split_differently_and_runs_alike(tmp_path: Path) -> None:
 
 
 def test_three_parts_and_what_is_left_unused(tmp_path: Path) -> None:
-    found = split(tmp_path, rows_of({"a": 100}), SplitterParams(train=0.5, validation=0.1, test=0.2))[
-        "bank-a"
-    ]
+    found = split(tmp_path, rows_of({"a": 100}), SplitterParams(train=0.5, validation=0.1, test=0.2))["bank-a"]
     assert [len(found[part]) for part in ("train", "validation", "test")] == [50, 10, 20]
     assert found["manifest"]["parts"]["unused"]["rows"] == 20
 
@@ -218,9 +210,7 @@ def test_impossible_splits_are_refused_at_once(
     ],
     ids=lambda params: params.method,
 )
-def test_the_parties_shares_are_the_whole_and_do_not_overlap(
-    tmp_path: Path, partition: PartitionParams
-) -> None:
+def test_the_parties_shares_are_the_whole_and_do_not_overlap(tmp_path: Path, partition: PartitionParams) -> None:
     rows = rows_of({"a": 40, "b": 40, "c": 40, "d": 40}, keys=10)
     found = split(tmp_path, rows, SplitterParams(partition=partition, stratify="category"))
     shares = [ids(found[party]["train"]) | ids(found[party]["test"]) for party in PARTIES]
@@ -257,9 +247,7 @@ def test_any_partition_is_complete_or_refused(
     labels: list[str], count: int, method: str, alpha: float, seed: int
 ) -> None:
     parties = [f"party-{at}" for at in range(count)]
-    params = PartitionParams.model_validate(
-        {"method": method, "alpha": alpha if method == "dirichlet" else None}
-    )
+    params = PartitionParams.model_validate({"method": method, "alpha": alpha if method == "dirichlet" else None})
     try:
         shares = partition_rows(labels, parties, params, seed)
     except DataError:
@@ -282,9 +270,7 @@ def test_small_alpha_is_more_uneven_than_large() -> None:
 
 
 def test_another_partition_seed_gives_another_partition() -> None:
-    first, second = (
-        partition_rows(["a"] * 50, PARTIES, PartitionParams(method="iid"), seed) for seed in (1, 2)
-    )
+    first, second = (partition_rows(["a"] * 50, PARTIES, PartitionParams(method="iid"), seed) for seed in (1, 2))
     assert first != second
 
 
@@ -299,12 +285,8 @@ def test_another_partition_seed_gives_another_partition() -> None:
         (["a", "b"], "iid", "2 rows are too few for 3 parties"),
     ],
 )
-def test_impossible_partitions_are_refused_in_no_time(
-    labels: list[str | None], method: str, message: str
-) -> None:
-    params = PartitionParams.model_validate(
-        {"method": method, "alpha": 0.5 if method == "dirichlet" else None}
-    )
+def test_impossible_partitions_are_refused_in_no_time(labels: list[str | None], method: str, message: str) -> None:
+    params = PartitionParams.model_validate({"method": method, "alpha": 0.5 if method == "dirichlet" else None})
     start = time.perf_counter()
     with pytest.raises(DataError, match=message):
         partition_rows(labels, PARTIES, params, 7)
@@ -314,13 +296,9 @@ def test_impossible_partitions_are_refused_in_no_time(
 def test_a_dirichlet_draw_that_never_fits_ends() -> None:
     start = time.perf_counter()
     with pytest.raises(DataError, match="in 100 draws"):
-        partition_rows(
-            ["a"] * 3000, PARTIES, PartitionParams(method="dirichlet", alpha=0.01), 7, min_rows=900
-        )
+        partition_rows(["a"] * 3000, PARTIES, PartitionParams(method="dirichlet", alpha=0.01), 7, min_rows=900)
     with pytest.raises(DataError, match="fewer than min_rows = 10"):
-        partition_rows(
-            list("abc") * 9 + ["a"] * 30, PARTIES, PartitionParams(method="category"), 1, min_rows=10
-        )
+        partition_rows(list("abc") * 9 + ["a"] * 30, PARTIES, PartitionParams(method="category"), 1, min_rows=10)
     assert time.perf_counter() - start < 1
 
 

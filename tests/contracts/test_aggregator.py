@@ -40,9 +40,7 @@ def total_of(updates: dict[str, Update]) -> Total:
     arrays = next(iter(updates.values())).arrays
     server = PlainSum().server(cohort, {n: a.shape for n, a in arrays.items()}, keep_terms=True)
     for party, update in updates.items():
-        actions = server.handle(
-            SumReceived(party, Payload({"weight": update.weight, "sums": {}}, update.arrays))
-        )
+        actions = server.handle(SumReceived(party, Payload({"weight": update.weight, "sums": {}}, update.arrays)))
     (finished,) = actions
     assert isinstance(finished, SumFinished)
     return finished.total
@@ -142,9 +140,7 @@ def test_fedavg_is_the_weighted_mean_times_the_server_learning_rate() -> None:
     rule = plugins.load("aggregator", "fedavg")
     total = total_of({"a": Update(vector(1, 1), 9.0), "b": Update(vector(11, 1), 1.0)})
     np.testing.assert_allclose(rule(rule.Params()).step(vector(5, 5), total)["w"], [7, 6])
-    np.testing.assert_allclose(
-        rule(rule.Params(server_learning_rate=0.5)).step(vector(5, 5), total)["w"], [6, 5.5]
-    )
+    np.testing.assert_allclose(rule(rule.Params(server_learning_rate=0.5)).step(vector(5, 5), total)["w"], [6, 5.5])
 
 
 def test_the_median_is_not_moved_by_one_liar() -> None:

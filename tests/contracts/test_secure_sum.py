@@ -107,9 +107,7 @@ def problems(draw: Any) -> tuple[Any, list[Update]]:
 @pytest.mark.parametrize("name", NAMES)
 @given(problem=problems(), data=st.data())
 @settings(deadline=None, max_examples=60)
-def test_the_result_is_exact_within_its_bound_and_the_same_in_any_order(
-    name: str, problem: Any, data: Any
-) -> None:
+def test_the_result_is_exact_within_its_bound_and_the_same_in_any_order(name: str, problem: Any, data: Any) -> None:
     layout, updates = problem
     who, secure_sum = cohort(len(updates)), plugins.load("sum", name)()
     given_by = dict(zip(who.contributors, updates, strict=True))

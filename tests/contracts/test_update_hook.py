@@ -71,13 +71,9 @@ def test_an_update_of_zeros_stays_finite(hook: Any) -> None:
     assert np.isfinite(hook.before_send(zeros, 1).arrays["w"]).all()
 
 
-@given(
-    value=hnp.arrays(np.float32, (5,), elements=st.floats(-1e9, 1e9, width=32)), bound=st.floats(1e-6, 1e6)
-)
+@given(value=hnp.arrays(np.float32, (5,), elements=st.floats(-1e9, 1e9, width=32)), bound=st.floats(1e-6, 1e6))
 @settings(deadline=None, max_examples=150)
-def test_clip_never_leaves_more_than_its_bound_and_keeps_the_direction(
-    value: np.ndarray, bound: float
-) -> None:
+def test_clip_never_leaves_more_than_its_bound_and_keeps_the_direction(value: np.ndarray, bound: float) -> None:
     clip = plugins.load("hook", "clip")
     given_update = Update({"w": value[:2], "v": value[2:]}, 1.0)
     sent = clip(clip.Params(norm=bound)).before_send(given_update, 1)

@@ -55,9 +55,7 @@ def test_an_unknown_name_is_an_error_with_the_nearest(folder: Path) -> None:
     assert caught.value.hint == "did you mean 'median'?"
 
 
-@pytest.mark.parametrize(
-    "path", ["os.system", "os", "some_plugins.median", ".median", "..core", "median.PLUGIN", ""]
-)
+@pytest.mark.parametrize("path", ["os.system", "os", "some_plugins.median", ".median", "..core", "median.PLUGIN", ""])
 def test_a_path_is_never_imported(folder: Path, path: str) -> None:
     (folder / "median.py").write_text("PLUGIN = 1\n")
     with pytest.raises(UnknownPlugin):
@@ -72,9 +70,7 @@ def test_an_installed_entry_point_is_found_but_takes_no_name_of_ours(
         metadata.EntryPoint("theirs", "json:dumps", "fate_llm.things"),
         metadata.EntryPoint("median", "json:loads", "fate_llm.things"),
     ]
-    monkeypatch.setattr(
-        metadata, "entry_points", lambda *, group: points if group == "fate_llm.things" else []
-    )
+    monkeypatch.setattr(metadata, "entry_points", lambda *, group: points if group == "fate_llm.things" else [])
     assert plugins.names("thing") == ["median", "theirs"]
     assert plugins.load("thing", "median") == "ours"
     assert plugins.load("thing", "theirs").__name__ == "dumps"

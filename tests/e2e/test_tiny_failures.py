@@ -180,9 +180,7 @@ def test_an_experiment_is_refused_outside_the_local_runtime(
     pipeline["experiment"] = True
     spec = load_pipeline(write_pipeline(pipeline))
     with pytest.raises(PolicyError, match="experiment"):
-        Submission(
-            spec, job_id="j", base=tmp_path, workdir=tmp_path / "jobs", now=lambda: 0.0, runtime="federation"
-        )
+        Submission(spec, job_id="j", base=tmp_path, workdir=tmp_path / "jobs", now=lambda: 0.0, runtime="federation")
     assert not (tmp_path / "jobs").exists()
 
 

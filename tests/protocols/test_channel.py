@@ -121,6 +121,17 @@ def test_a_reordered_duplicate_inside_the_window_is_no_conflict(liar: Any) -> No
     assert (liar.channel.counters["a"].duplicates, liar.channel.counters["a"].refused) == (1, 0)
 
 
+def test_a_duplicate_older_than_the_window_is_dropped_and_opens_no_gap(liar: Any) -> None:
+    # Given a window of 4 that has long forgotten message 1, When that comes again
+    liar.says(*(raw(number, number) for number in range(1, 9)), raw(1, 1))
+    assert [hear(liar.channel, "a") for _ in range(8)] == list(range(1, 9))
+    liar.is_heard()
+    # Then it is counted as a duplicate, and a wait that runs out is no loss
+    assert liar.channel.counters["a"].duplicates == 1
+    with pytest.raises(RoundTimeout):
+        hear(liar.channel, "a", seconds=0.0)
+
+
 @pytest.mark.parametrize("first", [1, 2], ids=["already delivered", "still waiting in the window"])
 def test_a_conflicting_duplicate_is_refused_and_the_first_stays(liar: Any, first: int) -> None:
     liar.says(raw(first, 10), raw(first, 666))

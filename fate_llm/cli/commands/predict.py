@@ -24,7 +24,7 @@ def predict(job: Path, output: Path | None, as_json: bool) -> None:
     """
     from fate_llm.runtime.prediction import prediction_pipeline
 
-    text, left_out = prediction_pipeline(job, for_file=output)
+    text, left_out = prediction_pipeline(job)
     if output is not None:
         output.write_text(text, encoding="utf-8")
     if as_json:

@@ -13,6 +13,7 @@ import copy
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -65,6 +66,8 @@ def require_training_extra() -> None:
             hint="pip install 'fate_llm[train]'",
         ) from None
     del peft, torch
+    # transformers 5 warns of its own use of the names it renames in version 6.
+    warnings.filterwarnings("ignore", message=".*is deprecated and will be removed in v6", category=FutureWarning)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
 

@@ -36,7 +36,7 @@ class Topic:
 BANKS: Mapping[str, Mapping[str, Topic]] = {
     "bank_a": {
         "mortgage_rate": Topic(
-            "Desk: Rate Lock Team. Bring: signed lock form.",
+            "Desk: Rate Lock Team.",
             (
                 "can I still lock the mortgage rate you quoted for {place}",
                 "my {amount} home loan offer shows a different rate than promised",
@@ -49,7 +49,7 @@ BANKS: Mapping[str, Mapping[str, Topic]] = {
             ),
         ),
         "escrow": Topic(
-            "Desk: Escrow Services. Bring: county tax bill.",
+            "Desk: Escrow Services.",
             (
                 "why did my escrow payment go up by {amount}",
                 "the property tax for our home in {place} was not paid from escrow",
@@ -62,7 +62,7 @@ BANKS: Mapping[str, Mapping[str, Topic]] = {
             ),
         ),
         "refinance": Topic(
-            "Desk: Refinance Center. Bring: two pay stubs.",
+            "Desk: Refinance Center.",
             (
                 "I would like to refinance our home in {place}",
                 "does it pay to replace my old mortgage with a new one",
@@ -75,7 +75,7 @@ BANKS: Mapping[str, Mapping[str, Topic]] = {
             ),
         ),
         "home_insurance": Topic(
-            "Desk: Hazard Claims. Bring: policy page.",
+            "Desk: Hazard Claims.",
             (
                 "you wrote that my home insurance has lapsed, it has not",
                 "a storm damaged the roof in {place}, who gets the insurance check",
@@ -88,7 +88,7 @@ BANKS: Mapping[str, Mapping[str, Topic]] = {
             ),
         ),
         "mortgage_payoff": Topic(
-            "Desk: Payoff Unit. Bring: closing date letter.",
+            "Desk: Payoff Unit.",
             (
                 "I am selling the house in {place} and need the payoff sum",
                 "how much is left if I pay off the mortgage in {month}",
@@ -101,7 +101,7 @@ BANKS: Mapping[str, Mapping[str, Topic]] = {
             ),
         ),
         "appraisal": Topic(
-            "Desk: Valuation Office. Bring: floor plan.",
+            "Desk: Valuation Office.",
             (
                 "the appraisal of our house in {place} came in too low",
                 "when will the appraiser visit my property",
@@ -116,7 +116,7 @@ BANKS: Mapping[str, Mapping[str, Topic]] = {
     },
     "bank_b": {
         "credit_line": Topic(
-            "Desk: Working Capital. Bring: balance sheet.",
+            "Desk: Working Capital.",
             (
                 "my shop in {place} needs a larger credit line",
                 "can the company draw {amount} from its line before {month}",
@@ -129,7 +129,7 @@ BANKS: Mapping[str, Mapping[str, Topic]] = {
             ),
         ),
         "card_terminal": Topic(
-            "Desk: Merchant Care. Bring: terminal serial.",
+            "Desk: Merchant Care.",
             (
                 "the card terminal in our cafe stopped working",
                 "card sales from {month} did not reach the shop account",
@@ -142,7 +142,7 @@ BANKS: Mapping[str, Mapping[str, Topic]] = {
             ),
         ),
         "equipment_lease": Topic(
-            "Desk: Asset Leasing. Bring: supplier quote.",
+            "Desk: Asset Leasing.",
             (
                 "we want to lease a delivery van for the firm",
                 "can my workshop in {place} lease a lathe worth {amount}",
@@ -155,7 +155,7 @@ BANKS: Mapping[str, Mapping[str, Topic]] = {
             ),
         ),
         "payroll": Topic(
-            "Desk: Payroll Help. Bring: wage list.",
+            "Desk: Payroll Help.",
             (
                 "wages of my staff were not paid out on Friday",
                 "how do I set up payroll for six employees",
@@ -168,7 +168,7 @@ BANKS: Mapping[str, Mapping[str, Topic]] = {
             ),
         ),
         "invoice_factoring": Topic(
-            "Desk: Receivables. Bring: open invoices.",
+            "Desk: Receivables.",
             (
                 "a client pays late, can you advance the invoice",
                 "we want to sell unpaid invoices worth {amount}",
@@ -181,7 +181,7 @@ BANKS: Mapping[str, Mapping[str, Topic]] = {
             ),
         ),
         "trade_letter": Topic(
-            "Desk: Trade Finance. Bring: sales contract.",
+            "Desk: Trade Finance.",
             (
                 "our supplier abroad wants a letter of credit",
                 "the documents for the shipment to {place} have a mistake",
@@ -196,7 +196,7 @@ BANKS: Mapping[str, Mapping[str, Topic]] = {
     },
     "bank_c": {
         "auto_loan": Topic(
-            "Desk: Vehicle Lending. Bring: car title.",
+            "Desk: Vehicle Lending.",
             (
                 "I want to pay my car loan off early",
                 "can I borrow {amount} for a used truck",
@@ -209,7 +209,7 @@ BANKS: Mapping[str, Mapping[str, Topic]] = {
             ),
         ),
         "card_dispute": Topic(
-            "Desk: Chargebacks. Bring: sales receipt.",
+            "Desk: Chargebacks.",
             (
                 "there is a charge of {amount} on my card I never made",
                 "a shop in {place} billed my credit card twice",
@@ -222,7 +222,7 @@ BANKS: Mapping[str, Mapping[str, Topic]] = {
             ),
         ),
         "lost_card": Topic(
-            "Desk: Card Security. Bring: photo ID.",
+            "Desk: Card Security.",
             (
                 "I lost my bank card in {place}",
                 "my purse was stolen with the debit card in it",
@@ -235,7 +235,7 @@ BANKS: Mapping[str, Mapping[str, Topic]] = {
             ),
         ),
         "student_loan": Topic(
-            "Desk: Campus Lending. Bring: enrollment letter.",
+            "Desk: Campus Lending.",
             (
                 "I go back to school in {month}, can my student loan wait",
                 "when do I start to repay my college loan",
@@ -248,7 +248,7 @@ BANKS: Mapping[str, Mapping[str, Topic]] = {
             ),
         ),
         "travel_notice": Topic(
-            "Desk: Travel Line. Bring: ticket copy.",
+            "Desk: Travel Line.",
             (
                 "I fly to {place} in {month}, will my card work there",
                 "please note that I will be abroad for two weeks",
@@ -261,7 +261,7 @@ BANKS: Mapping[str, Mapping[str, Topic]] = {
             ),
         ),
         "reward_points": Topic(
-            "Desk: Loyalty Club. Bring: member number.",
+            "Desk: Loyalty Club.",
             (
                 "my reward points from {month} are missing",
                 "how do I turn points into a flight",
