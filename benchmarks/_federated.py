@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import pairwise
 from pathlib import Path
 
 from _local import Diary, Task, run_job
@@ -30,6 +31,7 @@ def main() -> None:
     tokens = [event.fields["tokens"] for _, event in diary.pages if event.kind == "encoded"]
     answer = {
         "seconds": max(diary.times("task_finished")) - prepared,
+        "cpu_seconds": diary.work["task_finished"] - diary.work["encoded"],
         "until_trained": trained - prepared,
         "rounds": _round_times(diary, prepared, options.rounds),
         "tokens_per_party": tokens,
@@ -74,7 +76,7 @@ def _run(options: argparse.Namespace) -> Diary:
 def _round_times(diary: Diary, start: float, rounds: int) -> list[float]:
     """Seconds of each round, until the last party has its result."""
     ends = [start, *(max(diary.times("round", round=number)) for number in range(1, rounds + 1))]
-    return [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    return [after - before for before, after in pairwise(ends)]
 
 
 if __name__ == "__main__":

@@ -30,12 +30,14 @@ class Task:
 
 @dataclass(slots=True)
 class Diary:
-    """Events with the time they came at, on the clock that all processes share."""
+    """Events with the time they came at, on the clock that all processes share, and the work done until then."""
 
     pages: list[tuple[float, Event]] = field(default_factory=list)
+    work: dict[str, float] = field(default_factory=dict)
 
     def note(self, event: Event) -> None:
         self.pages.append((time.monotonic(), event))
+        self.work[event.kind] = time.process_time()  # of the last event of a kind: seconds of all threads together
 
     def times(self, kind: str, **wanted: Any) -> list[float]:
         """When events of this kind with these fields came."""

@@ -26,13 +26,14 @@ def main() -> None:
     model, tokenizer = _load(source)
     per_party = options.steps * options.batch // options.parties
     rows = [row for n in range(options.parties) for row in _encode(tokenizer, options.folder, per_party, seed=n)]
-    start = time.monotonic()
+    start, work = time.monotonic(), time.process_time()
     trainer = _trainer(model, rows, options)
     trainer.train()
     trained = time.monotonic()
     model.save_pretrained(str(options.folder / "adapter"), save_embedding_layers=False)
     answer = {
         "seconds": time.monotonic() - start,
+        "cpu_seconds": time.process_time() - work,
         "until_trained": trained - start,
         "tokens": sum(len(row["input_ids"]) for row in rows),
         "lengths": sorted({len(row["input_ids"]) for row in rows}),

@@ -74,6 +74,8 @@ def _conclude(options: argparse.Namespace, pairs: list[dict[str, Any]]) -> int:
     federated, plain = middle("federated", "seconds"), middle("plain", "seconds")
     extra = federated - plain
     print(f"medians: federated {federated:.2f} s, plain {plain:.2f} s, {1000 * extra / options.rounds:.0f} ms a round")
+    cpu = middle("federated", "cpu_seconds") / middle("plain", "cpu_seconds")
+    print(f"CPU time, which a busy machine disturbs less: {cpu:.3f}")
     whole = middle("federated", "whole_process") / middle("plain", "whole_process")
     print(f"whole processes, with imports and loading: {whole:.3f}")
     details = {
@@ -82,6 +84,7 @@ def _conclude(options: argparse.Namespace, pairs: list[dict[str, Any]]) -> int:
         "local_steps": options.steps,
         "batch": options.batch,
         "seconds": {"federated": federated, "plain": plain},
+        "cpu_ratio": cpu,
         "whole_process_ratio": whole,
         "peak_mib": {"federated": middle("federated", "peak_mib"), "plain": middle("plain", "peak_mib")},
         "runs": pairs,

@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,18 @@ def main() -> int:
         for side, values in middles.items():
             print(f"{parties} parties, {side}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()))
         ratios += _ratios(parties, middles) if "flower" in middles else []
+        details["peer_versions"] = peer_versions(options.flower_python) if "flower" in runs else {}
         details[f"{parties} parties"] = {"medians": middles, "runs": runs}
     if options.without_peer and not options.quick:
         return 0
     return finish(options, "simulation", ratios, details)
+
+
+def peer_versions(python: str) -> dict[str, str]:
+    """What the peer ran with; it may live in another environment."""
+    names = ["flwr", "ray", "torch", "transformers", "peft", "numpy"]
+    code = f"import json, importlib.metadata as m; print(json.dumps({{n: m.version(n) for n in {names}}}))"
+    return run_child([python, "-c", code], timeout=60).answer
 
 
 def _alternate(options: argparse.Namespace, parties: int) -> dict[str, list[dict[str, Any]]]:
@@ -73,7 +82,7 @@ def _run(options: argparse.Namespace, side: str, parties: int) -> dict[str, Any]
     ends = child.answer["round_ends"]
     return {
         "first_s": ends[0] - child.started,
-        "steady_s": median([after - before for before, after in zip(ends, ends[1:], strict=False)]),
+        "steady_s": median([after - before for before, after in pairwise(ends)]),
         "whole_s": child.seconds,
         "peak_mib": memory.pss,
         "peak_rss_mib": memory.rss,

@@ -19,9 +19,9 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     if name == "Pipeline":
         from .pipelines import builder
-        from .runtime.submit import submit_spec
+        from .runtime.submit import submit_pipeline
 
-        builder.set_submitter(submit_spec)
+        builder.set_submitter(submit_pipeline)
         return builder.Pipeline
     if name == "JobResult":
         from .runtime.job import JobResult

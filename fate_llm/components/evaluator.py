@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -13,12 +14,12 @@ import numpy as np
 from pydantic import Field
 
 from fate_llm.core.errors import DataError, ModelError, PeerViolation
-from fate_llm.core.interfaces import Context, Drop, Estimate, Frozen, PlanView, Port, PredictRule
+from fate_llm.core.interfaces import Context, Drop, Estimate, Frozen, PlanView, Port, PredictRule, Traffic
 from fate_llm.core.names import is_name
 from fate_llm.core.values import Artifact, ArtifactKind, Payload
 
 from .llm.adapters import open_model, read_about
-from .llm.costs import sum_traffic
+from .llm.costs import scoring_cost
 from .llm.modelref import ModelRef
 from .llm.models import Loading, load_base, load_tokenizer, own_tree, require_training_extra
 from .llm.plots import loss_plot
@@ -80,9 +81,12 @@ class Evaluator:
         return "share_models shows one party's model to the others" if params.share_models else None
 
     def estimate(self, view: PlanView) -> Estimate:
-        shared = any(params.share_models for params in view.params.values())
-        notes = ("models are sent to parties that lack them, of unknown size",) if shared else ()
-        return Estimate(sum_traffic(view), None, notes)
+        cost = scoring_cost(view)
+        if not any(params.share_models for params in view.params.values()):
+            return cost
+        pairs = permutations(view.cohort.contributors, 2)
+        unknown = [Traffic(one, other, "models that it lacks", 1, None) for one, other in pairs]
+        return replace(cost, traffic=(*cost.traffic, *unknown))
 
     def guest(self, ctx: Context) -> None:
         _Scoring(ctx).run()

@@ -25,6 +25,7 @@ from fate_llm.core.interfaces import (
 )
 from fate_llm.core.values import Artifact, ArtifactKind, Payload, Role
 
+from .llm.costs import PLAIN_PROCESS
 from .llm.records import Dataset, DatasetWriter, Record
 
 __all__ = ["PLUGIN", "Pool", "PoolParams"]
@@ -65,7 +66,7 @@ class Pool:
         hosts = [party for party in view.cohort.contributors if party != guest]
         traffic = tuple(Traffic(host, guest, "records", 1, None) for host in hosts)
         return Estimate(
-            traffic=traffic, notes=("bytes are the size of each host's records, known when it has them",)
+            traffic=traffic, memory_bytes=PLAIN_PROCESS, notes=("bytes are the size of each host's records, known when it has them",)
         )
 
     def guest(self, ctx: Context) -> None:

@@ -14,6 +14,7 @@ from fate_llm.core.errors import DataError
 from fate_llm.core.interfaces import Context, Estimate, Frozen, Keep, PlanView, Port, PredictRule
 from fate_llm.core.values import ArtifactKind
 
+from .llm.costs import PLAIN_PROCESS
 from .llm.fields import FieldNames, Mapper, find_columns
 from .llm.records import DatasetWriter, Record, Span, read_manifest
 from .llm.sources import RowFault, format_of, optional_import, read_rows
@@ -110,7 +111,7 @@ class Reader:
         return None
 
     def estimate(self, view: PlanView) -> Estimate:
-        return Estimate(notes=("reads as a stream: about 8 bytes of memory a row; sends nothing",))
+        return Estimate(memory_bytes=PLAIN_PROCESS, notes=("reads as a stream: about 8 bytes of memory a row; sends nothing",))
 
     def guest(self, ctx: Context) -> None:
         _read(ctx)

@@ -15,6 +15,7 @@ from fate_llm.core.errors import DataError
 from fate_llm.core.interfaces import Context, Estimate, Frozen, PassThrough, PlanView, Port, PredictRule
 from fate_llm.core.values import Artifact, ArtifactKind
 
+from .llm.costs import PLAIN_PROCESS
 from .llm.records import Dataset, DatasetWriter
 
 __all__ = ["PLUGIN", "PartitionParams", "Splitter", "SplitterParams", "partition_rows", "split_rows"]
@@ -252,7 +253,7 @@ class Splitter:
         return None
 
     def estimate(self, view: PlanView) -> Estimate:
-        return Estimate(notes=("about 16 bytes of memory a row; sends nothing",))
+        return Estimate(memory_bytes=PLAIN_PROCESS, notes=("about 16 bytes of memory a row; sends nothing",))
 
     def guest(self, ctx: Context) -> None:
         _split(ctx)

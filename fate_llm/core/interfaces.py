@@ -322,11 +322,13 @@ class Traffic:
 class Estimate:
     """What a task will cost, or None where it cannot be told before it runs.
 
-    memory_bytes: peak resident memory of one party's process. notes: what the estimate rests on.
+    memory_bytes: peak resident memory of a contributor's process, if this task ran alone in it.
+    coordinator_memory_bytes: the same of a coordinator that does not contribute. notes: what the estimate rests on.
     """
 
     traffic: tuple[Traffic, ...] = ()
     memory_bytes: int | None = None
+    coordinator_memory_bytes: int | None = None
     notes: tuple[str, ...] = ()
 
 

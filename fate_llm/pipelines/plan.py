@@ -194,7 +194,7 @@ def _totals(spec: PipelineSpec, party: str, tasks: Iterable[TaskPlan]) -> PartyT
     every = [traffic for task in tasks for traffic in task.estimate.traffic]
     sent = [t for t in every if t.sender == party]
     received = [t for t in every if t.receiver == party]
-    memory = [task.estimate.memory_bytes for task in mine]
+    memory = [_memory(task, party) for task in mine]
     held = spec.roster.roles_of(party)
     return PartyTotals(
         party,
@@ -207,6 +207,12 @@ def _totals(spec: PipelineSpec, party: str, tasks: Iterable[TaskPlan]) -> PartyT
         _bytes(received),
         max((m for m in memory if m is not None), default=0),
     )
+
+
+def _memory(task: TaskPlan, party: str) -> int | None:
+    """What the task needs at this party: as a contributor, or as a coordinator that does not contribute."""
+    estimate = task.estimate
+    return estimate.memory_bytes if party in task.cohort.contributors else estimate.coordinator_memory_bytes
 
 
 def _bytes(traffic: Iterable[Traffic]) -> int:

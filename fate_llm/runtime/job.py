@@ -199,6 +199,7 @@ class Submission:
             error=error,
             errors={party: found.as_dict() for party, found in outcome.errors.items()},
             outputs=outputs,
+            traffic=outcome.traffic,
             digests=self.folder.digests(outputs),
         )
         return JobResult(self.job_id, outcome.status, self.folder.path, outputs, metrics, outcome.error)

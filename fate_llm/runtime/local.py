@@ -9,7 +9,7 @@ import ctypes
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -32,13 +32,14 @@ __all__ = ["LocalJob", "Outcome", "one_malloc_arena"]
 class Outcome:
     """How a job ended. status: success, failed or cancelled. outputs: {party: {task: {output: path}}}.
 
-    errors: by party. error: the one that started it, or None.
+    errors: by party. error: the one that started it, or None. traffic: {party: {peer: counters of frames}}.
     """
 
     status: str
     outputs: dict[str, dict[str, dict[str, str]]]
     errors: dict[str, FateError] = field(default_factory=dict)
     error: FateError | None = None
+    traffic: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
 
 
 class LocalJob:
@@ -108,12 +109,16 @@ class LocalJob:
             party: {task: {name: str(a.path) for name, a in found.items()} for task, found in run.outputs.items()}
             for party, run in self._runs.items()
         }
+        traffic = {
+            party: {peer: asdict(counters) for peer, counters in channel.counters.items()}
+            for party, channel in self._channels.items()
+        }
         if not errors:
-            return Outcome("success", outputs)
+            return Outcome("success", outputs, traffic=traffic)
         causes = [error for error in errors.values() if not isinstance(error, PeerFailed)]
         cause = causes[0] if causes else next(iter(errors.values()))
         cancelled = all(isinstance(error, JobCancelled) for error in causes) and bool(causes)
-        return Outcome("cancelled" if cancelled else "failed", outputs, errors, cause)
+        return Outcome("cancelled" if cancelled else "failed", outputs, errors, cause, traffic)
 
 
 def one_malloc_arena() -> None:

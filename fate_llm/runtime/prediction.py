@@ -9,7 +9,7 @@ from typing import Any
 from fate_llm.core.errors import ConfigurationError
 from fate_llm.pipelines.check import load_pipeline
 from fate_llm.pipelines.dialect import dump
-from fate_llm.pipelines.predict import derive
+from fate_llm.pipelines.predict import derive_prediction
 
 __all__ = ["prediction_pipeline"]
 
@@ -27,8 +27,8 @@ def prediction_pipeline(job: Path) -> tuple[str, tuple[str, ...]]:
         raise ConfigurationError(f"{job} is not the folder of a finished job") from None
     if status != "success":
         raise ConfigurationError(f"job {manifest['job_id']} ended with {status}; only a finished one can be used")
-    derived = derive(load_pipeline(job / "pipeline.yaml"), outputs)
-    return dump(_absolute(derived.spec.to_data(), base)), derived.left_out
+    derived = derive_prediction(load_pipeline(job / "pipeline.yaml"), outputs)
+    return dump(_absolute(derived.pipeline.to_dict(), base)), tuple(derived.dropped)
 
 
 def _absolute(value: Any, base: Path) -> Any:

@@ -9,13 +9,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from fate_llm.pipelines.builder import Pipeline
 from fate_llm.pipelines.schema import PipelineSpec
 from fate_llm.security.randomness import random_id
 
 from .events import Observer
 from .job import JobResult, Submission, job_name
 
-__all__ = ["DEFAULT_WORKDIR", "prepare", "submit_spec"]
+__all__ = ["DEFAULT_WORKDIR", "prepare", "submit_pipeline"]
 
 DEFAULT_WORKDIR = Path("jobs")
 
@@ -35,12 +36,11 @@ def prepare(
     )
 
 
-def submit_spec(
-    spec: PipelineSpec,
-    *,
-    base: str | Path = ".",
-    workdir: str | Path = DEFAULT_WORKDIR,
-    observers: Sequence[Observer] = (),
+def submit_pipeline(
+    pipeline: Pipeline, *, workdir: str | Path = DEFAULT_WORKDIR, observers: Sequence[Observer] = ()
 ) -> JobResult:
-    """Run a checked pipeline with all its parties in this process; returns when it has ended, whatever way."""
-    return prepare(spec, base=Path(base), workdir=Path(workdir), observers=observers).run()
+    """Run a pipeline of the builder with all its parties in this process.
+
+    Returns when the job has ended, whatever way: `JobResult.raise_for_status` raises what it ended with.
+    """
+    return prepare(pipeline.spec(), base=pipeline.folder, workdir=Path(workdir), observers=observers).run()

@@ -200,9 +200,7 @@ def test_a_message_that_cannot_be_encoded_uses_up_no_number(make_channels: Make)
     ],
     ids=["other job", "other sender", "other receiver", "stranger's name", "no envelope", "empty"],
 )
-def test_what_is_not_for_this_conversation_is_refused_and_stops_nothing(
-    liar: Any, lie: Envelope | bytes
-) -> None:
+def test_what_is_not_for_this_conversation_is_refused_and_stops_nothing(liar: Any, lie: Envelope | bytes) -> None:
     liar.says(lie, raw(1, 42))
     assert hear(liar.channel, "a") == 42
     assert liar.channel.counters["a"].refused == 1
@@ -272,9 +270,7 @@ def waits(channel: JobChannel, together: Any, then: Callable[[], None]) -> Excep
 
 def test_a_wait_ends_when_the_sender_fails(make_channels: Make, together: Any) -> None:
     channels = make_channels("ab")
-    error = waits(
-        channels["b"], together, lambda: channels["a"].announce_failure(QuorumLost("too few"), task="tune")
-    )
+    error = waits(channels["b"], together, lambda: channels["a"].announce_failure(QuorumLost("too few"), task="tune"))
     assert isinstance(error, PeerFailed)
     assert "failed in task tune: too few [quorum_lost]" in error.message
 
@@ -298,9 +294,7 @@ def test_a_wait_ends_when_the_job_is_cancelled_here_or_there(make_channels: Make
         there["b"].check_cancelled()
 
 
-def test_a_wait_ends_when_the_channel_is_closed_and_closing_twice_is_fine(
-    make_channels: Make, together: Any
-) -> None:
+def test_a_wait_ends_when_the_channel_is_closed_and_closing_twice_is_fine(make_channels: Make, together: Any) -> None:
     channel = make_channels("ab")["b"]
     assert isinstance(waits(channel, together, channel.close), TransportClosed)
     channel.close()

@@ -89,35 +89,23 @@ def test_a_name_can_be_used_again(make_channels: Make, make_cohort: MakeCohort, 
 def test_late_numbers_of_one_use_never_count_in_the_next(
     make_channels: Make, make_cohort: MakeCohort, together: Any
 ) -> None:
-    # Given a party whose hello of the first sum comes after that sum has ended without it
+    # Given a first sum that ended without `b`
     channels, cohort = make_channels("abz"), make_cohort(2, quorum=1)
-    task = view(channels["z"], cohort, patience=0.2)
-    first = together(
-        {
-            "a": lambda: aggregate(channels["a"], cohort, {"n": 1.0}),
-            "z": lambda: task.aggregate("scores", None, protection="plain"),
-        }
-    )
-    assert first["z"] == {"n": 1.0}
-    stray = view(channels["b"], cohort, patience=0.05)
-    with pytest.raises(RoundTimeout):
-        stray.aggregate("scores", {"n": 666.0}, protection="plain")
-    # When the name is used again, Then only its own numbers count
-    again = view(channels["a"], cohort)
-    again._used["scores"] = 1
-    second = together(
-        {
-            "a": lambda: again.aggregate("scores", {"n": 2.0}, protection="plain"),
-            "b": lambda: stray.aggregate("scores", {"n": 3.0}, protection="plain"),
-            "z": lambda: task.aggregate("scores", None, protection="plain"),
-        }
-    )
-    assert second["z"] in ({"n": 5.0}, {"n": 2.0}, {"n": 3.0})  # never with 666
+    views = {party: view(channels[party], cohort, patience=0.2) for party in "abz"}
+
+    def scores(party: str, number: float | None) -> Callable[[], Any]:
+        sums = None if number is None else {"n": number}
+        return lambda: views[party].aggregate("scores", sums, protection="plain")
+
+    assert together({"a": scores("a", 1.0), "z": scores("z", None)})["z"] == {"n": 1.0}
+    # When `b` comes with its number of the first while the others are at the second
+    ends = together({"a": scores("a", 2.0), "b": scores("b", 666.0), "z": scores("z", None)})
+    # Then the second is without it, and `b` is told that it is too late
+    assert ends["z"] == ends["a"] == {"n": 2.0}
+    assert isinstance(ends["b"], RoundTimeout)
 
 
-def test_a_party_that_fails_ends_the_sum_for_all(
-    make_channels: Make, make_cohort: MakeCohort, together: Any
-) -> None:
+def test_a_party_that_fails_ends_the_sum_for_all(make_channels: Make, make_cohort: MakeCohort, together: Any) -> None:
     channels, cohort = make_channels("abz"), make_cohort(2)
 
     def fails() -> None:

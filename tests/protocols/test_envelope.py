@@ -22,12 +22,8 @@ PREFIX = struct.Struct("<4sB3sI")
 
 
 def example(**changes: Any) -> Envelope:
-    payload = Payload(
-        {"weight": 2.5, "names": ["a", "b"], "deep": {"x": None}}, {"w": np.arange(6, dtype=np.float32)}
-    )
-    given = Envelope(
-        "job", "tune", "bank-a", "consortium", "round.term", 7, payload, attempt=1, round=3, deadline=9.5
-    )
+    payload = Payload({"weight": 2.5, "names": ["a", "b"], "deep": {"x": None}}, {"w": np.arange(6, dtype=np.float32)})
+    given = Envelope("job", "tune", "bank-a", "consortium", "round.term", 7, payload, attempt=1, round=3, deadline=9.5)
     return replace(given, **changes)
 
 

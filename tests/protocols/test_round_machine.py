@@ -141,9 +141,7 @@ def test_it_begins_with_a_quorum_when_the_time_is_over(make_cohort: MakeCohort) 
     assert kinds(machine.handle(Tick(), 5.0 + PATIENCE)) == ["Begin", "Tell", "Tell"]
 
 
-@pytest.mark.parametrize(
-    ("present", "text"), [("bc", "a did not send the first state"), ("a", "missing: b, c")]
-)
+@pytest.mark.parametrize(("present", "text"), [("bc", "a did not send the first state"), ("a", "missing: b, c")])
 def test_it_fails_to_begin_without_the_first_state_or_the_quorum(
     make_cohort: MakeCohort, present: str, text: str
 ) -> None:
@@ -158,9 +156,7 @@ def test_it_fails_to_begin_without_the_first_state_or_the_quorum(
     assert machine.phase is CoordinatorPhase.FAILED
 
 
-@pytest.mark.parametrize(
-    ("gone", "text"), [("a", "a did not send the first state (crashed)"), ("bc", "b (crashed)")]
-)
+@pytest.mark.parametrize(("gone", "text"), [("a", "a did not send the first state (crashed)"), ("bc", "b (crashed)")])
 def test_it_fails_at_once_when_it_can_never_begin(make_cohort: MakeCohort, gone: str, text: str) -> None:
     cohort = make_cohort(3, quorum=2)
     machine = coordinator(cohort)
@@ -398,9 +394,7 @@ def test_the_last_round_finishes(make_cohort: MakeCohort) -> None:
 
 
 @pytest.mark.parametrize("bad", [state(size=3), {"v": np.zeros(2, np.float32)}, {"w": np.zeros(2)}])
-def test_a_state_of_another_layout_is_not_published(
-    make_cohort: MakeCohort, bad: dict[str, np.ndarray]
-) -> None:
+def test_a_state_of_another_layout_is_not_published(make_cohort: MakeCohort, bad: dict[str, np.ndarray]) -> None:
     machine = summed(make_cohort(2))
     before = freeze(machine)
     with pytest.raises(InternalError):
@@ -584,9 +578,7 @@ def bad_news() -> dict[str, Heard]:
 
 
 @pytest.mark.parametrize("which", sorted(bad_news()))
-@pytest.mark.parametrize(
-    "phase", [ContributorPhase.JOINING, ContributorPhase.TRAINING, ContributorPhase.WAITING]
-)
+@pytest.mark.parametrize("phase", [ContributorPhase.JOINING, ContributorPhase.TRAINING, ContributorPhase.WAITING])
 def test_a_bad_state_is_refused_and_changes_nothing(
     make_cohort: MakeCohort, which: str, phase: ContributorPhase
 ) -> None:

@@ -64,9 +64,7 @@ def coordinate(given: Setting, *, stop_after: int | None = None, totals: list[To
     return float(state["w"][0])
 
 
-def contribute(
-    given: Setting, me: str, *, before: Callable[[int], None] = lambda number: None
-) -> list[RoundResult]:
+def contribute(given: Setting, me: str, *, before: Callable[[int], None] = lambda number: None) -> list[RoundResult]:
     """Every round a party moves half of the way to its own target."""
     driver = ContributorDriver(given, me)
     state = driver.start(vector(0.0))
@@ -128,9 +126,7 @@ def test_duplicates_and_delays_give_the_same_bits(
     disturbed = run(make_channels("abcz", faults=tuple(faults), linger=0.01), make_cohort(3), together)
     for party in "abc":
         for one, other in zip(quiet[party], disturbed[party], strict=True):
-            assert {n: a.tobytes() for n, a in one.state.items()} == {
-                n: a.tobytes() for n, a in other.state.items()
-            }
+            assert {n: a.tobytes() for n, a in one.state.items()} == {n: a.tobytes() for n, a in other.state.items()}
 
 
 def test_a_coordinator_that_also_contributes(make_channels: Make, together: Any) -> None:
@@ -145,18 +141,14 @@ def test_a_coordinator_that_also_contributes(make_channels: Make, together: Any)
 
 def test_the_coordinator_can_stop_early(make_channels: Make, make_cohort: MakeCohort, together: Any) -> None:
     channels, cohort = make_channels("abz"), make_cohort(2)
-    calls: dict[str, Callable[[], Any]] = {
-        p: (lambda p=p: contribute(setting(channels[p], cohort), p)) for p in "ab"
-    }
+    calls: dict[str, Callable[[], Any]] = {p: (lambda p=p: contribute(setting(channels[p], cohort), p)) for p in "ab"}
     calls["z"] = lambda: coordinate(setting(channels["z"], cohort), stop_after=2)
     ends = together(calls)
     assert [(r.number, r.stop) for r in ends["a"]] == [(1, False), (2, True)]
     assert ends["z"] == pytest.approx(closed_form("ab", 2))
 
 
-def test_a_slow_party_is_left_out_and_comes_back(
-    make_channels: Make, make_cohort: MakeCohort, together: Any
-) -> None:
+def test_a_slow_party_is_left_out_and_comes_back(make_channels: Make, make_cohort: MakeCohort, together: Any) -> None:
     # Given a party that does not answer in round 1 until that round has been published without it
     channels, cohort, totals = make_channels("abcz"), make_cohort(3, quorum=2), []
     over = threading.Event()
@@ -205,6 +197,7 @@ def test_a_party_late_for_the_last_round_gets_its_state_although_the_coordinator
 ) -> None:
     # Given a party that trains until the coordinator has published the only round and said that it is done
     channels, cohort = make_channels("abz"), make_cohort(2, quorum=1)
+    calls: list[tuple[str, int, str]] = []
 
     def until_the_coordinator_left(number: int) -> None:
         with channels["b"]._changed:
@@ -214,13 +207,18 @@ def test_a_party_late_for_the_last_round_gets_its_state_although_the_coordinator
         {
             "a": lambda: contribute(setting(channels["a"], cohort, rounds=1), "a"),
             "b": lambda: contribute(
-                setting(channels["b"], cohort, rounds=1), "b", before=until_the_coordinator_left
+                setting(channels["b"], cohort, rounds=1, hooks=[Spy(HookStage.CLIP, calls)]),
+                "b",
+                before=until_the_coordinator_left,
             ),
             "z": lambda: coordinate(setting(channels["z"], cohort, rounds=1, patience=0.3)),
         }
     )
     # Then it has the state of that round, as everybody
     assert [r.contributors for r in ends["b"]] == [("a",)]
+    # and sent nothing of its own but its hello, nor ran a hook for what was not sent
+    assert channels["b"].counters["z"].sent == 1
+    assert calls == []
 
 
 def test_a_quorum_lost_reaches_everybody_with_a_name(
@@ -259,9 +257,7 @@ def test_a_quorum_lost_reaches_everybody_with_a_name(
         assert "quorum_lost" in ends[party].message
 
 
-def test_a_contributor_names_a_coordinator_that_does_not_answer(
-    make_channels: Make, make_cohort: MakeCohort
-) -> None:
+def test_a_contributor_names_a_coordinator_that_does_not_answer(make_channels: Make, make_cohort: MakeCohort) -> None:
     channels, cohort = make_channels("az"), Cohort(("a",), "z", 1)
     driver = ContributorDriver(setting(channels["a"], cohort, patience=0.02), "a")
     with pytest.raises(RoundTimeout, match=r"the first global state did not come from z within 0\.04 s"):
@@ -338,9 +334,7 @@ class Spy:
         return total
 
 
-def test_hooks_run_by_their_stage_whatever_the_order_they_are_listed_in(
-    make_channels: Make, together: Any
-) -> None:
+def test_hooks_run_by_their_stage_whatever_the_order_they_are_listed_in(make_channels: Make, together: Any) -> None:
     channels, cohort = make_channels("az"), Cohort(("a",), "z", 1)
     calls: dict[str, list[tuple[str, int, str]]] = {"a": [], "z": []}
 

@@ -91,10 +91,7 @@ def test_the_safetensors_package_reads_what_we_write_and_we_read_what_it_writes(
         "e": np.zeros((2, 0), np.float32),
         "名": np.ones(1, np.float32),
     }
-    theirs = {
-        name: (about["shape"], bytes(about["data"]))
-        for name, about in safetensors.deserialize(written(given))
-    }
+    theirs = {name: (about["shape"], bytes(about["data"])) for name, about in safetensors.deserialize(written(given))}
     assert theirs == {name: (list(array.shape), array.tobytes()) for name, array in given.items()}
     given.pop("b")  # safetensors.numpy itself knows no bfloat16
     assert_same(given, safetensors.numpy.load(written(given)))

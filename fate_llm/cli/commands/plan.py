@@ -26,7 +26,7 @@ def plan(pipeline: Path, sets: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         print_json(found.as_dict())
     else:
-        click.echo(found.render())
+        click.echo(str(found))
 
 
 COMMAND = plan

@@ -31,7 +31,7 @@ def submit(pipeline: Path, sets: tuple[str, ...], workdir: Path, quiet: bool, as
 
     Ctrl-C stops all parties; what was finished stays in the job's folder.
     """
-    from fate_llm.pipelines.check import load_pipeline
+    from fate_llm.pipelines import load_pipeline
     from fate_llm.runtime.submit import prepare
 
     from ..progress import Progress

@@ -22,7 +22,7 @@ def validate(pipeline: Path, sets: tuple[str, ...], as_json: bool) -> None:
 
     Exit code 0 when it is valid, 2 when it is not.
     """
-    from fate_llm.pipelines.check import load_pipeline
+    from fate_llm.pipelines import load_pipeline
 
     spec = load_pipeline(pipeline, sets, os.environ)
     if as_json:

@@ -14,10 +14,11 @@ from fate_llm.protocols.tensors import container_overhead
 from .adapters import planned_layout
 from .modelref import ModelShapes, locate, read_shapes
 
-__all__ = ["sum_traffic", "training_cost"]
+__all__ = ["PLAIN_PROCESS", "scoring_cost", "sum_traffic", "training_cost"]
 
 ENVELOPE = 600  # bytes of an envelope's header with its names, digest and sums: seen 420 to 720
 LIBRARIES = 650 * 2**20  # resident bytes of the interpreter with torch, transformers and peft
+PLAIN_PROCESS = 90 * 2**20  # resident bytes of the interpreter with this package, without torch
 PER_PARTY = 6 * 2**20  # a module tree of one's own, optimiser and trainer objects beside the tensors
 
 
@@ -27,11 +28,31 @@ def training_cost(view: PlanView) -> Estimate:
     shapes = _shapes(params, view)
     layout = planned_layout(shapes, params.peft) if shapes else None
     if shapes is None or layout is None:
-        return Estimate(_exchanges(view, params.rounds, None), None, ("the model's shapes are not known here",))
+        return Estimate(_exchanges(view, params.rounds, None), notes=("the model's shapes are not known here",))
     values = {name: ("F32", shape) for name, shape in layout.items()}
     size = container_overhead(values) + 4 * _count(layout) + ENVELOPE
     memory, note = _memory(view, params, shapes, _count(layout))
-    return Estimate(_exchanges(view, params.rounds, size), memory, (note,))
+    # A coordinator holds the state, the sum, the mean and at most every early term, as float32.
+    coordinator = PLAIN_PROCESS + size * (3 + len(view.cohort.contributors))
+    return Estimate(_exchanges(view, params.rounds, size), memory, coordinator, (note,))
+
+
+def scoring_cost(view: PlanView) -> Estimate:
+    """Messages and memory of scoring models on a party's own records; the models' makers say how large they are."""
+    params = next(iter(view.params.values()))
+    makers = [made for key, found in view.upstream.items() if key.startswith("model") for made in found.values()]
+    trained = [made for _, made in makers if hasattr(made, "model") and hasattr(made, "loading")]
+    shapes = _shapes(trained[0], view) if trained else None
+    tokens, note = _longest_batch(view, params, "data")
+    if shapes is None or tokens is None:
+        return Estimate(sum_traffic(view), None, PLAIN_PROCESS, (note if shapes else "the models are not known here",))
+    activations = tokens * (20 * shapes.hidden + 2 * shapes.vocabulary) * 4
+    memory = LIBRARIES + PER_PARTY + shapes.parameters * _width(params.loading.dtype) + activations
+    return Estimate(sum_traffic(view), memory, PLAIN_PROCESS, (note,))
+
+
+def _width(dtype: str) -> int:
+    return {"bfloat16": 2, "float16": 2}.get(dtype, 4)
 
 
 def _shapes(params: Any, view: PlanView) -> ModelShapes | None:
@@ -79,10 +100,10 @@ def sum_traffic(view: PlanView) -> tuple[Traffic, ...]:
 
 def _memory(view: PlanView, params: Any, shapes: ModelShapes, trainable: int) -> tuple[int | None, str]:
     """Peak resident bytes of one party's own process."""
-    tokens, note = _longest_batch(view, params)
+    tokens, note = _longest_batch(view, params, "train")
     if tokens is None:
         return None, note
-    width = {"bfloat16": 2, "float16": 2}.get(params.loading.dtype, 4)
+    width = _width(params.loading.dtype)
     weights = shapes.parameters * width
     full = params.peft.method == "full"
     state = trainable * 4 * (4 if full else 6)  # weights or copies, gradient, two moments, global state, update
@@ -92,9 +113,10 @@ def _memory(view: PlanView, params: Any, shapes: ModelShapes, trainable: int) ->
     return LIBRARIES + PER_PARTY + weights + state + tokens * (kept * width + logits), note
 
 
-def _longest_batch(view: PlanView, params: Any) -> tuple[int | None, str]:
+def _longest_batch(view: PlanView, params: Any, port: str) -> tuple[int | None, str]:
     """Tokens of the widest batch: from the largest data file on this machine at 3.5 characters a token."""
-    paths = [source for sources in view.upstream.get("train", {}).values() for source in _data_paths(sources, view)]
+    behind = [makers for key, makers in view.upstream.items() if key.partition(".")[0] == port]
+    paths = [path for makers in behind for maker in makers.values() for path in _data_paths(maker, view)]
     longest = max((_longest_record(path) for path in paths), default=0)
     if not longest:
         return None, "memory: the data is not on this machine, so the length of a record is not known"
@@ -102,8 +124,8 @@ def _longest_batch(view: PlanView, params: Any) -> tuple[int | None, str]:
     return length * params.batch_size, f"memory: records of at most {length} tokens in batches of {params.batch_size}"
 
 
-def _data_paths(source: Any, view: PlanView) -> list[Path]:
-    _, params = source
+def _data_paths(maker: tuple[str, Any], view: PlanView) -> list[Path]:
+    _, params = maker
     path = getattr(params, "path", None)
     file = view.base / path if isinstance(path, str) else None
     return [file] if file is not None and file.is_file() and file.suffix == ".jsonl" else []
