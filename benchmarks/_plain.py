@@ -62,18 +62,19 @@ def _load(source: str) -> tuple[Any, Any]:
 
 
 def _encode(tokenizer: Any, folder: Path, rows: int, *, seed: int) -> list[dict[str, Any]]:
+    """The very rows that the federated run trains on, as tensors."""
     import torch
 
+    from fate_llm.components.llm.records import Record
+    from fate_llm.components.llm.templates import encode_dataset
+
     file = write_records(folder / f"{seed}.jsonl", rows, seed=seed)
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    records = [Record.from_instruction(str(n), r["instruction"], r["output"]) for n, r in enumerate(found)]
     encoded = []
-    for record in map(json.loads, file.read_text().splitlines()):
-        turns = [
-            {"role": "user", "content": record["instruction"]},
-            {"role": "assistant", "content": record["output"]},
-        ]
-        text = tokenizer.apply_chat_template(turns, tokenize=False).removesuffix("\n")
-        ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-        encoded.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
+    for row in encode_dataset(records, tokenizer, "auto", 512).rows:
+        ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
+        encoded.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
     return encoded
 
 

@@ -41,7 +41,7 @@ from .llm.turns import Turns
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["PLUGIN", "HomoLlmTrainer"]
+__all__ = ["PLUGIN", "HomoLlmTrainer", "HookRef"]
 
 
 class HookRef(Frozen):

@@ -48,6 +48,10 @@ class ReaderParams(Frozen):
     split: str = Field(
         default="train", min_length=1, description="Which split of a data set folder or hub data set."
     )
+    answers: Literal["required", "optional"] = Field(
+        default="required",
+        description="`optional`: rows may lack the answer, as they do where answers are to be generated.",
+    )
     limit: int | None = Field(default=None, ge=1, description="Read at most this many good rows.")
     on_fault: Literal["refuse", "skip"] = Field(
         default="refuse",
@@ -105,7 +109,7 @@ class Reader:
         "dataset": Port(ArtifactKind.DATASET, "The records."),
         "report": Port(ArtifactKind.REPORT, "Rows, faults, lengths in characters and, if asked for, tokens."),
     }
-    predict_rule: ClassVar[PredictRule] = Keep()
+    predict_rule: ClassVar[PredictRule] = Keep(params={"answers": "optional"})
 
     def needs_experiment(self, params: Any) -> str | None:
         return None
@@ -148,7 +152,9 @@ def _records(ctx: Context, path: Path, report: _Report, writer: DatasetWriter) -
             ctx.check_cancelled()
             ctx.emit("data", rows=report.rows, kept=report.kept, faults=len(report.faults))
         if mapper is None and not isinstance(row, RowFault):
-            mapper = Mapper(find_columns(params.fields, list(row), file=path.name), file=path.name)
+            optional = params.answers == "optional"
+            columns = find_columns(params.fields, list(row), file=path.name, answers_optional=optional)
+            mapper = Mapper(columns, file=path.name, answers_optional=optional)
             writer.describe_fields(mapper.columns.as_dict())
         found = row if mapper is None or isinstance(row, RowFault) else mapper.record(number, row)
         if isinstance(found, Record):

@@ -350,7 +350,9 @@ class PlanView:
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """In a prediction pipeline the task stays as it is."""
+    """In a prediction pipeline the task stays, with these params set."""
+
+    params: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -200,6 +200,9 @@ class _Derivation:
 
     def _write_params(self, task: str, rule: Replace | None) -> None:
         params = _carried(self.spec.tasks[task].params, rule)
+        kept = self._rule(task)
+        if isinstance(kept, Keep):
+            params |= kept.params
         if params:
             self.tasks[task]["params"] = params
         for party, tasks in self.spec.overrides.items():

@@ -73,6 +73,7 @@ class TaskContext:
         self.params = params
         self.inputs = inputs
         self._outputs = frozenset(outputs)
+        self._sessions = 0
         self._setting = setting
         self.channel = TaskChannel(setting.channel, task, cohort, setting.patience, load_sum, self.emit)
 
@@ -99,9 +100,11 @@ class TaskContext:
         return CoordinatorDriver(self._rounds(count, protection, hooks), keep_terms=keep_terms)
 
     def _rounds(self, count: int, protection: str, hooks: Sequence[UpdateHook]) -> Setting:
+        # Every use is a conversation of its own: a late message of one never counts in the next.
+        self._sessions += 1
         return Setting(
             channel=self._setting.channel,
-            task=self.task,
+            task=self.task if self._sessions == 1 else f"{self.task}#{self._sessions}",
             cohort=self.cohort,
             rounds=count,
             patience=self._setting.patience,

@@ -63,5 +63,7 @@ class EventLog:
 
 def _line(event: Event) -> str:
     stamp = datetime.fromtimestamp(event.seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
+    # A value with line breaks would forge lines of the log.
     details = " ".join(f"{key}={value}" for key, value in event.fields.items())
+    details = "".join(sign if sign.isprintable() else " " for sign in details)
     return f"{stamp} {event.task or '-'} {event.kind} {details}".rstrip()

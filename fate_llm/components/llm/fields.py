@@ -123,12 +123,19 @@ class Columns:
         return {ours: theirs for ours, theirs in {**names, **optional}.items() if theirs}
 
 
-def find_columns(names: FieldNames, found: Sequence[str], *, file: str) -> Columns:
+def find_columns(
+    names: FieldNames, found: Sequence[str], *, file: str, answers_optional: bool = False
+) -> Columns:
     """The mapping for a file whose first record has the fields `found`.
+
+    answers_optional: the field of the answer may be missing; a named question's answer defaults to `answer`.
 
     Raises:
         DataError: a given name is not there, nothing fits, or more than one style fits.
     """
+    if answers_optional and names.user is not None:
+        found = [*found, names.assistant or "answer"]
+        names = names.model_copy(update={"output": names.assistant or "answer", "response": None, "answer": None})
     for given in (names.user, names.assistant, names.messages, names.text):
         if given is not None and given not in found:
             raise DataError(f"{file}: no field is called {given!r}", hint=nearest(given, found))
@@ -175,8 +182,8 @@ class _Wrong(Exception):
 class Mapper:
     """Makes records of rows. Remembers which of the named optional fields were ever seen."""
 
-    def __init__(self, columns: Columns, *, file: str) -> None:
-        self.columns, self.file = columns, file
+    def __init__(self, columns: Columns, *, file: str, answers_optional: bool = False) -> None:
+        self.columns, self.file, self._answers_optional = columns, file, answers_optional
         self._unseen = set(columns.named)
 
     @property
@@ -194,11 +201,17 @@ class Mapper:
                 return Record(id, text=_text(row, columns.text), category=category, key=key)
             if columns.messages is not None:
                 return Record(id, turns=_turns(row, columns.messages), category=category, key=key)
-            question, answer = _text(row, str(columns.user)), _text(row, str(columns.assistant))
+            question, answer = _text(row, str(columns.user)), self._answer(row, str(columns.assistant))
             given = _input(row, columns.inputs)
         except _Wrong as wrong:
             return RowFault(self.file, number, *wrong.args)
         return Record.from_instruction(id, question, answer, input=given, category=category, key=key)
+
+    def _answer(self, row: Mapping[str, Any], name: str) -> str:
+        """The answer; the empty text where none is needed and none is given."""
+        if self._answers_optional and row.get(name) in (None, ""):
+            return ""
+        return _text(row, name)
 
 
 def _text(row: Mapping[str, Any], name: str) -> str:

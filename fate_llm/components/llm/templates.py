@@ -350,7 +350,8 @@ def _user_piece(turn: Turn, template: str) -> str:
 def _apply(tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool = False) -> str:
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
-    except Exception as error:  # templates are programs of the model's makers and raise what they like
+    # The boundary to programs of the model's makers: a template raises what it likes.
+    except Exception as error:
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(f"the model's chat template refuses the turns {roles}: {error}") from error
 
