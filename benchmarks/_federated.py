@@ -74,8 +74,8 @@ def _run(options: argparse.Namespace) -> Diary:
 
 
 def _round_times(diary: Diary, start: float, rounds: int) -> list[float]:
-    """Seconds of each round, until the last party has its result."""
-    ends = [start, *(max(diary.times("round", round=number)) for number in range(1, rounds + 1))]
+    """Seconds of each round, until the coordinator has its sum."""
+    ends = [start, *(max(diary.times("round_closed", round=number)) for number in range(1, rounds + 1))]
     return [after - before for before, after in pairwise(ends)]
 
 

@@ -35,7 +35,6 @@ class _Row:
     round: str = "-"
     step: str = "-"
     loss: str = "-"
-    test_loss: str = "-"
     sent: str = "0 B"
 
 

@@ -9,7 +9,6 @@ import pytest
 
 import fate_llm.pipelines.data as data
 from fate_llm.pipelines.data.make_demo_data import (
-from tests.components.real_model import real_model_folder
     BANKS,
     MOST_SIMILAR,
     ROWS_PER_TOPIC,
@@ -17,6 +16,7 @@ from tests.components.real_model import real_model_folder
     make,
     similarity,
 )
+from tests.components.real_model import real_model_folder
 
 FOLDER = Path(next(iter(data.__path__)))
 
