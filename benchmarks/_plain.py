@@ -47,7 +47,7 @@ def _folder_of(model: dict[str, str]) -> str:
     from fate_llm.components.llm.modelref import ModelRef
     from fate_llm.components.llm.models import model_folder
 
-    return model_folder(ModelRef(**model), Path)  # type: ignore[arg-type]
+    return model_folder(ModelRef(**model), Path)
 
 
 def _load(source: str) -> tuple[Any, Any]:
@@ -96,7 +96,7 @@ def _trainer(model: Any, rows: list[dict[str, Any]], options: argparse.Namespace
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    return Trainer(model=model, args=arguments, train_dataset=rows)  # type: ignore[arg-type]
+    return Trainer(model=model, args=arguments, train_dataset=rows)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def main() -> int:
 def _peak(parties: int, batch: int, model: dict[str, str], folder: Path) -> float:
     settings = {"parties": parties, "rounds": 1, "steps": 1, "batch": batch}
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    script = [
+    script: list[str | Path] = [
         sys.executable,
         FOLDER / "_federated.py",
         *words,

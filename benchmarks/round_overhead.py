@@ -69,7 +69,7 @@ def _check_same_work(found: dict[str, Any]) -> None:
 
 def _conclude(options: argparse.Namespace, pairs: list[dict[str, Any]]) -> int:
     def middle(side: str, key: str) -> float:
-        return median([pair[side][key] for pair in pairs])
+        return float(median([pair[side][key] for pair in pairs]))
 
     federated, plain = middle("federated", "seconds"), middle("plain", "seconds")
     extra = federated - plain

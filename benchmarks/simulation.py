@@ -71,7 +71,7 @@ def _run(options: argparse.Namespace, side: str, parties: int) -> dict[str, Any]
     with tempfile.TemporaryDirectory() as scratch, TreeMemory() as memory:
         folder = Path(scratch)
         if side == "ours":
-            command = [sys.executable, FOLDER / "_ours.py", *sizes, "--folder", folder]
+            command: list[str | Path] = [sys.executable, FOLDER / "_ours.py", *sizes, "--folder", folder]
             env = environment(_entry_point(folder / "installed"))
         else:
             cores = str(len(os.sched_getaffinity(0)))

@@ -63,7 +63,7 @@ def smollm2_layout() -> dict[str, tuple[int, ...]]:
     for layer in range(30):
         weights[f"model.layers.{layer}.self_attn.q_proj.weight"] = (576, 576)
         weights[f"model.layers.{layer}.self_attn.v_proj.weight"] = (192, 576)
-    layout = planned_layout(ModelShapes(weights), PeftSettings())
+    layout = planned_layout(ModelShapes(weights), PeftSettings.model_validate({}))
     assert layout is not None
     return layout
 

@@ -311,7 +311,7 @@ class _Contributor:
         write_about(
             partial_folder,
             base=self.params.model,
-            base_path=self.base.name_or_path,
+            base_path=str(self.base.name_or_path),
             settings=self.params.peft,
             extra={"task": self.ctx.task, "round": number, "contributors": list(self.ctx.cohort.contributors)},
         )

@@ -241,7 +241,8 @@ _OPEN: tuple[Path, ...] = (("job",), ("overrides",))
 
 def _set(source: Source, key: str, value: Any) -> None:
     """Walk down to where `key` points, opening the mappings that the language lets a file leave out."""
-    where, path, rest = source.data, (), key.split(".")
+    path: Path = ()
+    where, rest = source.data, key.split(".")
     while True:
         step, rest = _next_step(where, rest)
         here: Path = (*path, step)

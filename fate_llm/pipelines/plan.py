@@ -239,7 +239,7 @@ def _render_task(task: TaskPlan) -> Iterator[str]:
         inputs = "; ".join(f"{port} <- {', '.join(sources)}" for port, sources in task.inputs[party].items())
         yield f"   {party} as {', '.join(roles)}{': ' + inputs if inputs else ''}"
     if task.estimate.traffic:
-        rows = [
+        rows: list[tuple[str, ...]] = [
             (f"{t.sender} -> {t.receiver}", t.what, f"{t.times} x {_size(t.bytes_each)}")
             for t in task.estimate.traffic
         ]

@@ -24,6 +24,7 @@ __all__ = [
     "Parties",
     "PipelineSpec",
     "Reference",
+    "Strict",
     "TaskOverride",
     "TaskSpec",
     "load_component",
@@ -192,7 +193,7 @@ class PipelineSpec(Strict):
     overrides: dict[Name, dict[Name, TaskOverride]] = Field(
         default_factory=dict, description="What differs at a party: {party: {task: {params, inputs}}}."
     )
-    job: JobSettings = Field(default_factory=JobSettings, description="Seed, deadline, quorum, retries.")
+    job: JobSettings = Field(default=JobSettings(), description="Seed, deadline, quorum, retries.")
     experiment: bool = Field(
         False, description="Data or models may be shown to other parties; such a pipeline runs locally only."
     )

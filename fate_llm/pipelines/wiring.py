@@ -19,8 +19,8 @@ def check_wiring(draft: Draft) -> None:
     """Add a fault for every input that is unknown, missing, of another kind, or not there where it is needed."""
     for task in draft.spec.tasks:
         for path, inputs in _written_inputs(draft, task):
-            for port, value in inputs.items():
-                _check_value(draft, task, (*path, port), port, value)
+            for name, value in inputs.items():
+                _check_value(draft, task, (*path, name), name, value)
         for name, port in draft.components[task].inputs.items():
             _check_port(draft, task, name, port)
     for ring in circles(waits_for(draft.spec)):

@@ -16,7 +16,7 @@ import fate_llm.core
 
 ROOT = Path(fate_llm.core.__file__).parents[2]
 FOLDER = ROOT / "benchmarks"
-SCRIPTS = sorted(path.stem for path in FOLDER.glob("[a-z]*.py"))
+SCRIPTS = ("memory", "round_overhead", "simulation", "startup", "wire")
 
 
 def run(script: str, *words: str) -> str:
@@ -44,10 +44,11 @@ def measure(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_the_five_of_the_readme_are_there() -> None:
-    assert SCRIPTS == ["memory", "round_overhead", "simulation", "startup", "wire"]
+def test_every_script_is_in_the_readme() -> None:
     text = (FOLDER / "README.md").read_text()
-    assert all(f"{name}.py" in text for name in SCRIPTS)
+    scripts = {path.stem for path in FOLDER.glob("[a-z]*.py")}
+    assert scripts >= set(SCRIPTS)
+    assert all(f"{name}.py" in text for name in scripts)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -61,7 +62,7 @@ def test_wire_runs(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "quick figures are not kept"
 
 
-def test_bytes_of_a_round_stay_below_the_limit(tmp_path: Path) -> None:
+def test_bytes_of_a_round_stay_below_the_limit() -> None:
     """The one figure that no machine disturbs."""
     line = next(line for line in run("wire", "--quick").splitlines() if line.startswith("bytes on the wire"))
     assert line.endswith(" ok"), line

@@ -16,6 +16,7 @@ import fate_llm
 from fate_llm.cli.main import main
 from fate_llm.pipelines import load_pipeline, make_plan
 
+pytestmark = pytest.mark.slow
 Write = Callable[..., Path]
 
 

@@ -21,6 +21,7 @@ from fate_llm.runtime.events import Event
 from fate_llm.runtime.job import Submission
 from fate_llm.runtime.submit import prepare
 
+pytestmark = pytest.mark.slow
 Write = Callable[[dict[str, Any]], Path]
 
 

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from fate_llm.cli.main import main
 
+pytestmark = pytest.mark.slow
 Write = Callable[[dict[str, Any]], Path]
 Run = Callable[..., dict[str, Any]]
 
@@ -167,9 +168,17 @@ def test_the_best_state_is_kept_and_rounds_stop_early(pipeline: dict[str, Any], 
     assert {path.name for path in scratch.iterdir()} >= {"round-00001", "round-00002"}
 
 
-@pytest.mark.parametrize("weighting", ["samples", "uniform"])
-def test_other_weights(pipeline: dict[str, Any], submit: Run, weighting: str) -> None:
-    pipeline["tasks"]["tune"]["params"] |= {"weighting": weighting, "rounds": 1}
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"weighting": "samples"},
+        {"weighting": "uniform", "gradient_checkpointing": True, "lr_scheduler": "cosine", "warmup_steps": 1},
+        {"loading": {"dtype": "bfloat16", "device": "cpu", "attention": "eager"}, "template": "alpaca"},
+    ],
+    ids=["samples", "checkpointing", "bfloat16"],
+)
+def test_other_settings(pipeline: dict[str, Any], submit: Run, settings: dict[str, Any]) -> None:
+    pipeline["tasks"]["tune"]["params"] |= {**settings, "rounds": 1}
     assert submit(pipeline)["status"] == "success"
 
 

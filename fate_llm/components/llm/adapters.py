@@ -219,6 +219,6 @@ def open_model(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     else:
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=base.dtype).to(base.device)
+        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=base.dtype).to(base.device)  # type: ignore[arg-type]
     model.eval()
     return model  # type: ignore[no-any-return]

@@ -115,7 +115,7 @@ class ModelShapes:
 
     def linear(self, targets: frozenset[str] | set[str]) -> list[tuple[str, Shape]]:
         """(module name, (out, in)) of the layers whose last name part is in `targets`."""
-        found = []
+        found: list[tuple[str, Shape]] = []
         for name, shape in self.weights.items():
             module = name.removesuffix(".weight")
             if name.endswith(".weight") and len(shape) == 2 and module.rpartition(".")[2] in targets:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import os
 import shutil
 import tempfile
@@ -173,9 +174,12 @@ def _load(folder: str, ref: ModelRef, loading: Loading) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model {ref} cannot be loaded: {error}") from error
-    model.to(device_of(loading))
+    model.to(device_of(loading))  # type: ignore[arg-type]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    # accelerate collects garbage over the whole heap whenever a Trainer starts; with many parties that adds up.
+    # What libraries and base model hold lives as long as the process, so it need not be looked at again.
+    gc.freeze()
     return model
 
 
