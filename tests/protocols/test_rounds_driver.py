@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+from fate_llm.core.canonical import digest
 from fate_llm.core.errors import (
     FateError,
     InternalError,
@@ -20,9 +21,10 @@ from fate_llm.core.errors import (
     RoundTimeout,
 )
 from fate_llm.core.interfaces import Frozen, HookStage
-from fate_llm.core.values import Cohort, RoundResult, Total, Update
+from fate_llm.core.values import Cohort, Payload, RoundResult, Total, Update
 from fate_llm.protocols.channel import JobChannel
 from fate_llm.protocols.rounds.driver import ContributorDriver, CoordinatorDriver, Setting
+from fate_llm.protocols.rounds.machine import HELLO, TERM
 from fate_llm.protocols.sums.plain import PlainSum
 from fate_llm.protocols.transports.memory import Fault, FaultKind
 
@@ -427,3 +429,33 @@ def test_an_update_that_cannot_be_summed_is_refused_before_it_is_sent(
 
     ends = together({"a": tries, "z": lambda: coordinate(setting(channels["z"], cohort, rounds=1))})
     assert ends["a"] == 1, ends["a"]
+
+
+def test_a_party_that_keeps_sending_cannot_keep_a_round_open(
+    make_cohort: Callable[..., Cohort], make_channels: Callable[..., dict[str, JobChannel]]
+) -> None:
+    # Given a round whose time is over, and one of two parties that floods the coordinator with greetings
+    now = [0.0]
+    channels = make_channels("abz", clock=lambda: now[0])
+    cohort = make_cohort(2, quorum=1)
+    setting = Setting(channels["z"], "t", cohort, 1, 10.0, PlainSum(), emit=lambda event, **fields: None)
+    coordinator = CoordinatorDriver(setting)
+    state = {"w": np.zeros(2, np.float32)}
+    layout = digest({"w": [2]})
+    hello = Payload({"layout": layout}, state)
+    channels["a"].send("z", task="t", kind=HELLO, payload=hello)
+    channels["b"].send("z", task="t", kind=HELLO, payload=Payload({"layout": layout}))
+    coordinator.start()
+    term = Payload({"weight": 1.0, "sums": {}}, {"w": np.ones(2, np.float32)})
+    channels["a"].send("z", task="t", kind=TERM, payload=term, round=1)
+    for _ in range(200):
+        channels["b"].send("z", task="t", kind=HELLO, payload=Payload({"layout": layout}))
+    while channels["z"].counters["b"].received < 201 or channels["z"].counters["a"].received < 2:
+        threading.Event().wait(0.01)  # until the channel's own thread has read it all; the suite's time-out ends it
+    now[0] = 100.0
+    # When it is collected, then it ends with who contributed, long before the flood is read
+    (round,) = [next(iter(coordinator))]
+    total = round.collect()
+    assert total.contributors == ("a",)
+    assert total.missing == ("b",)
+    assert sum(len(box) for box in channels["z"]._mail.values()) > 150

@@ -52,6 +52,7 @@ from .machine import (
 __all__ = ["ContributorDriver", "CoordinatorDriver", "Setting"]
 
 Emit = Callable[..., None]
+_LATE_MAIL = 4  # messages per contributor that are still heard when a round's time is over
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +144,16 @@ class CoordinatorDriver:
         setting, machine = self._setting, self._machine
         # A first tick starts the clock. Later on, what has come is heard before the time that has passed.
         pending = self._handle(Tick()) if machine.deadline is None else []
+        late = 0
         while True:
             found = self._apply(pending, wanted)
             if found is not None:
                 return found
+            # Mail goes before the clock, but a party that keeps sending must not keep a round open.
+            late += machine.deadline is not None and setting.channel.clock() >= machine.deadline
+            if late > _LATE_MAIL * len(setting.cohort.contributors):
+                pending, late = self._handle(Tick()), 0
+                continue
             message = setting.channel.next(
                 task=setting.task,
                 kinds=(HELLO, TERM),
