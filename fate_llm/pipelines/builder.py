@@ -120,7 +120,7 @@ class Pipeline:
         """Where relative paths start: the file's folder, or the working directory."""
         return self._folder if self._folder is not None else Path()
 
-    # --- Building ------------------------------------------------------------------------------------------------
+    # --- Building ---------------------------------------------------------------------------------
 
     def task(
         self,
@@ -173,7 +173,7 @@ class Pipeline:
     ) -> Pipeline:
         """Let a party's params or inputs differ: `for_party("bank-b", data={"path": "b.jsonl"})`.
 
-        params: by task, for tasks whose name is no Python word; `more` is the same. Calls for one party add up.
+        params: by task, for tasks whose name is no Python word; `more` is the same. Calls add up.
         """
         overrides = self._mapping("overrides").setdefault(party, {})
         for settings in (params or {}, more):
@@ -194,7 +194,7 @@ class Pipeline:
         found: dict[str, Any] = self._data[key]
         return found
 
-    # --- Using ---------------------------------------------------------------------------------------------------
+    # --- Using ------------------------------------------------------------------------------------
 
     def spec(self) -> PipelineSpec:
         """The checked, frozen pipeline.
@@ -227,7 +227,7 @@ class Pipeline:
             )
         return _submitter(self.validate(), **options)
 
-    # --- Text ----------------------------------------------------------------------------------------------------
+    # --- Text -------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
         """The values of the YAML file, as a copy."""
@@ -329,5 +329,5 @@ def _plain(value: Any, place: str) -> Any:
         return [_plain(item, f"{place}[{index}]") for index, item in enumerate(value)]
     raise ConfigurationError(
         f"{place or 'pipeline'}: a {type(value).__name__} cannot be a setting",
-        hint="Settings are text, numbers, true/false, lists and mappings; `task.output` of a task object for inputs.",
+        hint="Settings are text, numbers, true/false, lists and mappings; inputs are outputs of task objects.",
     )

@@ -44,7 +44,7 @@ def check(raw: Any, marks: Marks | None = None, *, earlier: Iterable[Fault] = ()
 def load_pipeline(
     path: str | FilePath, sets: Sequence[str] = (), environ: Mapping[str, str] | None = None
 ) -> PipelineSpec:
-    """Read and check a pipeline file. sets: `key=value` overrides. environ: values for variables that `env` lists.
+    """Read and check a pipeline file. sets: `key=value` overrides. environ: for variables that `env` lists.
 
     Raises:
         PipelineInvalid: with every fault, each with file and line.

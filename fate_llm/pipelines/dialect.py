@@ -1,11 +1,11 @@
 """The YAML that pipelines are written in: text to plain values with the line of every key, and back.
 
 Rules:
-1. A scalar is what it looks like in YAML 1.2 and JSON: `1e-3` is a number; `no`, `on`, `1:30` and dates are text.
-2. Keys are text and occur once. No custom tags, no merge keys, no infinity or NaN: each is a fault with its line.
+1. A scalar is what it looks like in YAML 1.2 and JSON: `1e-3` is a number; `no`, `on`, `1:30`, dates are text.
+2. Keys are text and occur once. No custom tags, merge keys, infinity or NaN: each is a fault with its line.
 3. Size, depth and the number of values, aliases expanded, are bounded before memory is taken.
-4. What `dump` writes, `parse` reads back as the same value, keys in the same order; it never writes what an older
-   YAML reader would take for something else than text.
+4. What `dump` writes, `parse` reads back as the same value, keys in the same order; text is quoted wherever an
+   older YAML reader would take it for something else.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ __all__ = [
     "Source",
     "dotted",
     "dump",
+    "has_step",
     "parse",
 ]
 
@@ -59,6 +60,13 @@ class Source:
     data: Any = None
     marks: dict[Path, Mark] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
+
+
+def has_step(where: Any, step: object) -> bool:
+    """True when `where` is a mapping with this key, or a list with this position."""
+    if isinstance(where, (list, tuple)):
+        return isinstance(step, int) and 0 <= step < len(where)
+    return isinstance(where, Mapping) and step in where
 
 
 def dotted(path: Path) -> str:
@@ -218,7 +226,7 @@ class _Reader:
 
 
 def _plain(kind: str, text: str) -> Any:
-    """The value of a scalar. An explicit `!!int abc` fails with ValueError like a number that is too large."""
+    """The value of a scalar. ValueError for `!!int abc` and for a number that is too large."""
     if kind == "null":
         return None
     if kind == "bool":
@@ -250,7 +258,7 @@ class _Dumper(yaml.SafeDumper):
 def _as_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
     """Quoted wherever this or an older dialect would not read text."""
     ours = any(re.match(pattern, text, re.ASCII) for _, pattern, _ in _SCALARS)
-    # PyYAML writes these three literally and reads them back as line breaks, or not at all.
+    # Written as escapes: a reader may take them for line breaks, or refuse them.
     awkward = any(ord(char) > 126 and not char.isprintable() for char in text)
     style = '"' if awkward or "\n" in text else "'" if ours else None
     return dumper.represent_scalar(f"{_TAG}str", text, style=style)

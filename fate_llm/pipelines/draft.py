@@ -20,9 +20,9 @@ __all__ = ["Draft", "draft_of"]
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """`spec` holds only tasks whose component is known; names that `raw` has but `spec` lacks have a fault already.
+    """What is known so far. runs: roles by task and party, for parties that take part.
 
-    runs: roles by task and party, for parties that take part.
+    `spec` holds only tasks whose component is known; the others, which `raw` still has, have a fault already.
     """
 
     raw: Mapping[str, Any]

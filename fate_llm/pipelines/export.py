@@ -12,9 +12,9 @@ __all__ = ["json_schema"]
 
 
 def json_schema() -> dict[str, Any]:
-    """Draft 2020-12. A component's params lie under `$defs` by its name, and a task's `component` selects them.
+    """Draft 2020-12. A component's params lie under `$defs` by its name; a task's `component` selects them.
 
-    Required params are not required of a task, because a party's overrides may give them; `check` sees them merged.
+    Required params are not required of a task, because a party's overrides may give them.
     """
     schema = PipelineSpec.model_json_schema()
     definitions: dict[str, Any] = schema["$defs"]

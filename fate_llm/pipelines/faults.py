@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 from fate_llm.core.errors import Fault
 from fate_llm.core.names import nearest
 
-from .dialect import Mark, Marks, Path, dotted
+from .dialect import Mark, Marks, Path, dotted, has_step
 
 __all__ = ["CODES", "Faults", "Found", "field_names", "found_by_pydantic", "leaves"]
 
@@ -28,16 +28,16 @@ CODES: dict[str, str] = {
     "env_unset": "A variable of the `env` list is used but not set.",
     "file_too_large": "The file has more bytes, values or levels than a pipeline may have.",
     "file_unreadable": "The file, or one that it includes, cannot be read.",
-    "include_cycle": "A file includes itself, directly or through others, or too many files are included.",
+    "include_cycle": "A file includes itself, directly or through others, or too many are included.",
     "input_missing": "A task lacks a required input at some party.",
-    "input_not_produced": "An input comes from a task or output that some party which needs it does not have.",
+    "input_not_produced": "An input comes from a task that does not run at a party that needs it.",
     "input_single": "A list is given for an input that takes one source.",
     "input_unexpected": "A task is given an input that its component does not have.",
     "invalid_name": "An id is not lower case letters, digits, `_`, `-`, `.`, at most 64 characters.",
     "invalid_value": "A value has a wrong type, or is outside what is valid.",
     "kind_mismatch": "An input is connected to an output of another kind.",
     "missing_key": "A required key is not there.",
-    "needs_experiment": "A setting shows a party's data to others, and the pipeline lacks `experiment: true`.",
+    "needs_experiment": "A party's data is shown to others, and the pipeline lacks `experiment: true`.",
     "no_output": "A trained task has no output on disk that the prediction pipeline needs.",
     "not_a_pipeline": "The file holds something else than a mapping of keys to values.",
     "nothing_to_predict": "No task of the pipeline remains in a prediction pipeline.",
@@ -93,7 +93,7 @@ class Faults:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One thing pydantic did not like, at a path of the raw data. key: the fault is a mapping's key itself."""
+    """One thing pydantic did not like, at a path of the raw data. key: it is a mapping's key itself."""
 
     code: str
     path: Path
@@ -129,9 +129,7 @@ def _place(detail: ErrorDetails, data: Any) -> tuple[Path, Path | None, str]:
         last = index == len(steps) - 1
         if step == "[key]" and last:
             break
-        if isinstance(where, Mapping) and step in where:
-            where = where[step]
-        elif isinstance(where, (list, tuple)) and isinstance(step, int) and 0 <= step < len(where):
+        if has_step(where, step):
             where = where[step]
         elif not (last and detail["type"] in {"missing", "extra_forbidden"}):
             if union is None:

@@ -1,7 +1,7 @@
 """From a pipeline file to raw values with the place of each: includes, environment variables, `--set`.
 
 Rules:
-1. Only a variable listed in a file's `env` may be named as `${NAME}` there, only a file in its `include` is read.
+1. Only a variable in a file's `env` may be named as `${NAME}` there, only a file in its `include` is read.
 2. Nothing here raises for what a file says: every fault is collected, so that the checks can add theirs.
 3. The environment is passed in; relative includes start at the folder of the file that names them.
 4. `${NAME}` gives text, never a number or a mapping: a value of the environment cannot add keys.
@@ -17,7 +17,7 @@ from typing import Any
 from fate_llm.core.errors import Fault
 from fate_llm.core.names import nearest
 
-from .dialect import MAX_BYTES, Mark, Path, Source, dotted, parse
+from .dialect import MAX_BYTES, Mark, Path, Source, dotted, has_step, parse
 
 __all__ = ["COMMAND_LINE", "MAX_INCLUDES", "apply_sets", "escape", "load_file", "load_text"]
 
@@ -28,7 +28,7 @@ _VARIABLE = re.compile(r"\$\$\{|\$\{([^}]*)\}|\$\{")
 
 
 def load_file(path: FilePath, sets: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> Source:
-    """Read a pipeline file with its includes, put in the environment's values, then apply `key=value` overrides."""
+    """Read a file and its includes, put in the environment's values, then apply `key=value` overrides."""
     source = _Files(environ or {}).read(path, mentioned=None)
     return apply_sets(source, sets)
 
@@ -100,7 +100,7 @@ class _Files:
         return self._with_includes(source, folder)
 
     def _with_includes(self, source: Source, folder: FilePath | None) -> Source:
-        """The included files merged in order, each over the one before, and the file's own keys over them all."""
+        """The included files, each merged over the one before, and the file's own keys over them all."""
         listed = source.data.get("include")
         if not isinstance(listed, list):  # absent, or of a wrong type, which the checks report
             return source
@@ -210,7 +210,7 @@ class _Environment:
 
 
 def apply_sets(source: Source, sets: Sequence[str]) -> Source:
-    """Apply `key=value` overrides in order. A value is YAML; the last key may be new, what it lies in may not."""
+    """Apply `key=value` overrides in order. A value is YAML; the last key may be new."""
     for text in sets:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
@@ -248,7 +248,7 @@ def _set(source: Source, key: str, value: Any) -> None:
         here: Path = (*path, step)
         if not rest:
             break
-        below = where[step] if _has(where, step) else None
+        below = where[step] if has_step(where, step) else None
         if below is None and _may_open(here):
             below = where[step] = {}
             source.marks[here] = Mark(COMMAND_LINE, None)
@@ -257,7 +257,7 @@ def _set(source: Source, key: str, value: Any) -> None:
             _refuse(source, key, what, nearest(str(step), map(str, where)) if isinstance(where, dict) else "")
             return
         where, path = below, here
-    if isinstance(where, list) and not _has(where, step):
+    if isinstance(where, list) and not has_step(where, step):
         _refuse(
             source, key, f"{dotted(path)!r} has {len(where)} items, none is {step!r}", "positions start at 0"
         )
@@ -268,12 +268,6 @@ def _set(source: Source, key: str, value: Any) -> None:
         for old in [mark for mark in source.marks if mark[: len(here)] == here]:
             del source.marks[old]
         source.marks[here] = Mark(COMMAND_LINE, None)
-
-
-def _has(where: Any, step: str | int) -> bool:
-    if isinstance(where, list):
-        return isinstance(step, int) and step < len(where)
-    return step in where
 
 
 def _next_step(where: Any, rest: list[str]) -> tuple[str | int, list[str]]:

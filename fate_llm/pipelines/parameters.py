@@ -14,7 +14,7 @@ from fate_llm.core import plugins
 from fate_llm.core.errors import FateError
 from fate_llm.core.names import nearest
 
-from .dialect import Path
+from .dialect import Path, has_step
 from .draft import Draft
 from .faults import Found, found_by_pydantic, leaves
 
@@ -160,7 +160,7 @@ class _Task:
             self.draft.faults.add(code, where, message + (f" at {', '.join(in_task)}" if some else ""), hint)
 
     def _check_plugins(self, view: _View) -> list[PluginField]:
-        """Unknown names, and aggregators that need to see what the protection hides. Returns the unknown ones."""
+        """Unknown names, which are returned, and aggregators that need to see what the protection hides."""
         unknown = [field for field in view.plugins if field.name not in plugins.names(field.kind)]
         for field in unknown:
             hint = nearest(field.name, plugins.names(field.kind))
@@ -179,13 +179,13 @@ class _Task:
                     and self._load(rule, view).needs_plaintext
                     and self._load(protection, view).hides_terms
                 ):
-                    message = f"the aggregator {rule.name!r} needs every party's update, {protection.name!r} hides them"
+                    message = f"{rule.name!r} needs every party's update, and {protection.name!r} hides them"
                     hint = "another aggregator, or a protection that shows updates if every party agrees"
                     self._place_fault("aggregator_needs_plaintext", rule.path, message, hint, [view.party])
         return unknown
 
     def _load(self, field: PluginField, view: _View) -> Any:
-        """The plug-in, or one that fits with everything when it cannot be loaded, which is a fault of its own."""
+        """The plug-in; one that fits with everything when it cannot be loaded, which is a fault of its own."""
         try:
             return plugins.load(field.kind, field.name)
         except FateError as error:
@@ -209,10 +209,7 @@ class _Unavailable:
 def _depth(values: Any, path: Path) -> int:
     """How many steps of the path the values have."""
     for index, step in enumerate(path):
-        if isinstance(values, Mapping) and step in values:
-            values = values[step]
-        elif isinstance(values, (list, tuple)) and isinstance(step, int) and step < len(values):
-            values = values[step]
-        else:
+        if not has_step(values, step):
             return index
+        values = values[step]
     return len(path)

@@ -1,8 +1,8 @@
-"""What a pipeline will do, told before anything runs: order, each party's part, bytes, memory, who learns what."""
+"""What a pipeline will do, told before anything runs: order, each party's part, bytes, memory, who learns."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ Upstream = dict[str, dict[str, tuple[str, Any]]]
 
 @dataclass(frozen=True, slots=True)
 class TaskPlan:
-    """One task. inputs: by party and port, as `task.output` or a path. learns: what the coordinator gets to know."""
+    """One task. inputs: by party and port, as `task.output` or a path. learns: what the coordinator sees."""
 
     name: str
     component: str
@@ -93,7 +93,7 @@ class PartyTotals:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What will happen, task by task in the order of running and party by party. `str` renders it for people."""
+    """What will happen, task by task in the order of running, and party by party. `str` is for people."""
 
     name: str
     experiment: bool
@@ -164,7 +164,7 @@ class _Maker:
         return {port: tuple(_shown(source) for source in sources_of(value)) for port, value in given.items()}
 
     def _makers(self, party: str, task: str, port: str, key: str) -> Iterator[tuple[str, tuple[str, Any]]]:
-        """What makes an input, and behind a task that only passes data on, what makes that: `train`, `train.data`."""
+        """What makes an input (`train`) and, behind tasks that only pass data on, that (`train.data`)."""
         for index, source in enumerate(sources_of(self.spec.inputs_for(party, task).get(port, ()))):
             if isinstance(source, Folder) or (party, source.task) not in self.params:
                 continue
@@ -180,8 +180,8 @@ def _shown(source: Reference | Folder) -> str:
 
 
 def _lessons(spec: PipelineSpec, task: str, component: Component, cohort: Cohort) -> Iterator[str]:
-    """One sentence for each protection that the task's params name."""
-    for party in cohort.contributors:
+    """One sentence for each protection that the task's params name; alone, there is nothing to learn."""
+    for party in cohort.contributors if len(cohort.members) > 1 else ():
         for field in plugin_fields(component.Params, spec.params_for(party, task)):
             if field.kind == "sum":
                 protection = plugins.load("sum", field.name)
@@ -219,7 +219,7 @@ def _bytes(traffic: Iterable[Traffic]) -> int:
     return sum(t.times * t.bytes_each for t in traffic if t.bytes_each is not None)
 
 
-# --- Text --------------------------------------------------------------------------------------------------------
+# --- Text -----------------------------------------------------------------------------------------
 
 
 def _render(plan: Plan) -> Iterator[str]:
@@ -277,7 +277,7 @@ def _size(count: int | None, known: int = 0) -> str:
     return f"{size:.1f} {unit}"
 
 
-def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
+def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -23,7 +23,7 @@ Sources = tuple[Reference | Folder, ...]
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The derived pipeline, and what became of the trained one's tasks. dropped: task and why it is not there."""
+    """The derived pipeline, and what became of the trained one's tasks. dropped: why, by task."""
 
     pipeline: Pipeline
     kept: tuple[str, ...]
@@ -36,7 +36,7 @@ def derive_prediction(
 ) -> Prediction:
     """Derive the prediction pipeline of a trained job.
 
-    outputs: {party: {task: {output: path}}} as `submit` prints. name: of the new pipeline; `<name>-predict` if None.
+    outputs: {party: {task: {output: path}}} as `submit` prints. name: `<name>-predict` if None.
     folder: where relative paths of the pipeline start.
 
     Raises:

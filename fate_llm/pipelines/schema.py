@@ -1,6 +1,6 @@
 """The shape of a pipeline, language version 1: frozen models, and who does what in each task.
 
-These models check shape only. `check.check` is the door: it also checks names, references, kinds and parameters.
+These models check shape only. `check.check` is the door: it also checks references, kinds and parameters.
 """
 
 from __future__ import annotations

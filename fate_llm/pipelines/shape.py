@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from .dialect import Path
+from .dialect import has_step
 from .faults import Faults, Found, found_by_pydantic
 from .schema import PipelineSpec
 
@@ -66,10 +66,9 @@ def _mend(data: dict[str, Any], one: Found) -> None:
 
 def _at(data: Any, path: Sequence[str | int]) -> Any:
     for step in path:
-        try:
-            data = data[step]
-        except (KeyError, IndexError, TypeError):
+        if not has_step(data, step):
             return None
+        data = data[step]
     return data
 
 

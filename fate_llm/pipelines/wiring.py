@@ -16,7 +16,7 @@ __all__ = ["check_wiring"]
 
 
 def check_wiring(draft: Draft) -> None:
-    """Add a fault for every input that is unknown, missing, of another kind, or not there where it is needed."""
+    """Add a fault for every input that is unknown, missing, of another kind, or lacking where it is needed."""
     for task in draft.spec.tasks:
         for path, inputs in _written_inputs(draft, task):
             for name, value in inputs.items():
@@ -157,7 +157,7 @@ def _inputs_misshapen(draft: Draft, start: tuple[str, ...]) -> bool:
 
 
 def _runs_at(draft: Draft, source: Reference, party: str) -> bool:
-    """The party runs the producer in a role that makes the output. Unknown ones have their own fault already."""
+    """The party runs the producer in a role that makes the output; unknown ones have a fault already."""
     if source.task not in draft.spec.tasks:
         return True
     output = draft.components[source.task].outputs.get(source.output)
