@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from typing import Any
 
 import click
 
@@ -25,6 +26,18 @@ class _Folder(click.Group):
             return None
         found: click.Command = importlib.import_module(f"{commands.__name__}.{cmd_name}").COMMAND
         return found
+
+    def invoke(self, ctx: click.Context) -> Any:
+        as_json = "--json" in ctx.args
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            if not as_json:
+                raise
+            from .output import print_usage_error
+
+            print_usage_error(error)
+            ctx.exit(error.exit_code)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -14,6 +14,7 @@ import click
 
 from fate_llm.core import plugins
 from fate_llm.core.errors import FateError, all_errors
+from fate_llm.core.names import NAME_PATTERN
 from fate_llm.pipelines.faults import CODES
 from fate_llm.pipelines.schema import JobSettings, Parties, PipelineSpec, TaskOverride, TaskSpec
 from fate_llm.runtime.describe import describe_component, describe_params
@@ -22,7 +23,8 @@ from .main import main as command
 
 __all__ = ["pages", "write"]
 
-_NOTE = "<!-- made by `make docs`; change the code, not this page -->\n"
+_NOTE = "\n<!-- made by `make docs`; change the code, not this page -->\n"
+_WIDTH = 100
 
 
 def pages() -> dict[str, str]:
@@ -47,7 +49,7 @@ def _components() -> str:
     parts = ["# Components", _NOTE]
     for name in plugins.names("component"):
         found = describe_component(name)
-        parts += [f"## {name}", found["text"], f"Roles: {', '.join(found['roles'])}.", ""]
+        parts += [f"## {name}", "", found["text"], "", f"Roles: {', '.join(found['roles'])}.", ""]
         parts += _ports("Inputs", found["inputs"]) + _ports("Outputs", found["outputs"])
         parts += ["**Parameters**", "", *_settings(found["params"]), ""]
     return "\n".join(parts) + "\n"
@@ -59,18 +61,23 @@ def _ports(title: str, ports: list[dict[str, Any]]) -> list[str]:
     rows = [f"**{title}**", "", "| name | kind | required | meaning |", "| --- | --- | --- | --- |"]
     for port in ports:
         needed = ("yes" if port["required"] else "no") + (", many" if port["many"] else "")
-        rows.append(f"| `{port['name']}` | {port['kind']} | {needed} | {port['doc']} |")
+        rows.append(_row(f"`{port['name']}`", port["kind"], needed, port["doc"]))
     return [*rows, ""]
+
+
+def _row(*cells: str) -> str:
+    """One line of a table; what a cell holds cannot end it."""
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
 def _settings(fields: list[dict[str, Any]]) -> list[str]:
     if not fields:
-        return ["none"]
+        return ["No settings."]
     rows = ["| name | type | default | bounds | meaning |", "| --- | --- | --- | --- | --- |"]
     for field in fields:
         default = "required" if field["required"] else f"`{field['default']}`"
-        cells = [f"`{field['name']}`", field["type"], default, field["bounds"], field["meaning"]]
-        rows.append("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+        bounds = field["bounds"].replace(NAME_PATTERN, "an id")
+        rows.append(_row(f"`{field['name']}`", field["type"], default, bounds, field["meaning"]))
     return rows
 
 
@@ -78,11 +85,14 @@ def _commands() -> str:
     parts = [
         "# Commands",
         _NOTE,
-        "Every command takes `--json` and then prints exactly one JSON document.",
+        "Every command takes `--json` and then prints exactly one JSON document on stdout, also when it fails:",
+        '`{"ok": false, "errors": [{"code", "file", "line", "path", "message", "hint"}]}`.',
+        "Progress goes to stderr then. Exit codes are those of the [errors](errors.md); 0 is success, 2 also a command",
+        "line that cannot be read.",
         "",
     ]
-    context = click.Context(command, info_name="fate_llm")
     assert isinstance(command, click.Group)
+    context = click.Context(command, info_name="fate_llm", terminal_width=_WIDTH, **command.context_settings)
     for name in command.list_commands(context):
         found = command.get_command(context, name)
         assert found is not None
@@ -102,12 +112,13 @@ def _command(found: click.Command, context: click.Context) -> list[str]:
 
 def _pipeline() -> str:
     parts = ["# Pipeline language, version 1", _NOTE]
-    parts += ["Unknown keys are errors. `fate_llm schema` prints the JSON Schema.", ""]
+    parts += ["Unknown keys are errors. `fate_llm schema` prints the JSON Schema. An id is lower case letters, digits,"]
+    parts += ["`_`, `-` and `.`, starts and ends with a letter or digit, and has at most 64 characters.", ""]
     for title, model in (
         ("Pipeline", PipelineSpec),
         ("parties", Parties),
         ("tasks: each task", TaskSpec),
-        ("overrides: each party's task", TaskOverride),
+        ("overrides: what differs in a task at a party", TaskOverride),
         ("job", JobSettings),
     ):
         fields = [field for field in describe_params(model) if "." not in field["name"]]
@@ -127,8 +138,8 @@ def _pipeline() -> str:
 def _errors() -> str:
     parts = ["# Errors", _NOTE, "Codes never change. The exit code is what a command ends with.", ""]
     for error in all_errors():
-        if error is FateError:
-            continue
+        if error.__module__ != FateError.__module__:
+            continue  # of somebody's plug-in
         text = (inspect.getdoc(error) or "").strip()
         parts += [f"## {error.code}", "", text, ""]
         parts += [

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from fate_llm.core.errors import FateError, PipelineInvalid
+from fate_llm.core.errors import ConfigurationError, FateError, InternalError, PipelineInvalid
 
-__all__ = ["error_document", "json_option", "pipeline_argument", "print_json", "reports_errors", "set_option"]
+__all__ = [
+    "error_document",
+    "json_option",
+    "pipeline_argument",
+    "print_json",
+    "print_usage_error",
+    "reports_errors",
+    "set_option",
+]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -29,8 +39,22 @@ pipeline_argument = click.argument("pipeline", type=click.Path(path_type=Path, d
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    """One JSON document on stdout. JSON has no NaN and no infinity: they become null."""
+    click.echo(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False, default=str))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_usage_error(error: click.UsageError) -> None:
+    """The JSON document for a command line that cannot be read."""
+    place = f"{error.ctx.command_path} --help" if error.ctx is not None else "fate_llm --help"
+    print_json(error_document(ConfigurationError(error.format_message(), hint=f"`{place}` shows what there is.")))
 
 
 def error_document(error: FateError) -> dict[str, Any]:
@@ -53,6 +77,14 @@ def reports_errors(command: Command) -> Command:
             else:
                 _explain(error)
             sys.exit(error.exit_code)
+        # The boundary of the process: whoever reads JSON gets a document whatever happens.
+        except Exception as error:
+            if not kwargs.get("as_json"):
+                raise
+            traceback.print_exc()
+            bug = InternalError(f"{type(error).__name__}: {error}", hint="This is a bug in fate_llm: please report it.")
+            print_json(error_document(bug))
+            sys.exit(bug.exit_code)
 
     return wrapped  # type: ignore[return-value]
 

@@ -88,7 +88,7 @@ class Progress:
         if "round" in fields and "rounds" in fields:
             row.round = f"{fields['round']}/{fields['rounds']}"
         if fields.get("loss") is not None:
-            row.loss = f"{fields['loss']:.3f}"
+            row.loss = _loss(fields["loss"])
         if "sent_bytes" in fields:
             row.sent = size_text(fields["sent_bytes"])
 
@@ -115,9 +115,13 @@ _DOING = {
     "party_failed": "failed",
 }
 
-
 _URGENT = ("note", "party_failed", "refused", "ignored", "retry")
 _DETAILED = ("refused", "ignored", "retry", "data", "trainable", "scored", "task_started", "task_finished")
+
+
+def _loss(value: float | None) -> str:
+    """A loss for people; there is none where nothing was trained on."""
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _sentence(event: Event, sent: str) -> str | None:
@@ -126,10 +130,10 @@ def _sentence(event: Event, sent: str) -> str | None:
     who = f"{event.party:<12} {event.task:<10}"
     at = f"round {fields.get('round')}/{fields.get('rounds')}"
     if event.kind == "round":
-        losses = f"local loss {fields['local_loss']:.3f}, all parties' loss {fields['loss']:.3f}"
+        losses = f"local loss {_loss(fields['local_loss'])}, all parties' loss {_loss(fields['loss'])}"
         return f"{who} {at}, {losses}, {fields['tokens']} tokens trained, {sent} sent so far"
     if event.kind == "step":
-        return f"{who} {at} step {fields['step']}/{fields['steps']} loss {fields['loss']:.3f}"
+        return f"{who} {at} step {fields['step']}/{fields['steps']} loss {_loss(fields['loss'])}"
     if event.kind == "round_closed":
         missing = f", missing {', '.join(fields['missing'])}" if fields["missing"] else ""
         return f"{who} {at} summed over {len(fields['contributors'])} parties{missing}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fate_llm.runtime.job import JobResult
@@ -36,10 +37,11 @@ def print_result(result: JobResult, *, guest: str, console: Console | None = Non
         if "model" in outputs:
             console.print(f"model of {task}: {outputs['model']}", soft_wrap=True, markup=False)
     color = {"success": "green", "cancelled": "yellow"}.get(result.status, "red")
-    console.print(f"[{color}]{result.status}[/]: {result.folder}", soft_wrap=True)
+    console.print(f"[{color}]{result.status}[/]: {escape(str(result.folder))}", soft_wrap=True)
     if result.error is not None:
         console.print(f"[{result.error.code}] {result.error.message}", soft_wrap=True, markup=False)
-        console.print(f"hint: {result.error.hint}", soft_wrap=True, markup=False)
+        if result.error.hint:
+            console.print(f"hint: {result.error.hint}", soft_wrap=True, markup=False)
 
 
 def _scores(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -53,9 +55,11 @@ def _scores(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _cell(key: str, value: Any) -> str:
-    if key in ("exact_match", "rougeL", "bleu") and value is not None:
+    if value is None:
+        return "-"
+    if key in ("exact_match", "rougeL", "bleu"):
         return f"{100 * value:.1f} %"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    return f"{value:.3f}" if isinstance(value, float) else escape(str(value))
 
 
 def _samples(console: Console, result: JobResult, guest: str, task: str) -> None:

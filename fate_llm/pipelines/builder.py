@@ -14,7 +14,7 @@ from fate_llm.core.values import Role
 
 from .check import check
 from .dialect import Marks, dump
-from .loader import escape, load_file, load_text
+from .loader import load_file, load_text
 from .plan import Plan, make_plan
 from .schema import PipelineSpec, load_component
 
@@ -236,7 +236,7 @@ class Pipeline:
 
     def to_yaml(self) -> str:
         """YAML text; the same pipeline gives the same bytes, keys in the order in which they were given."""
-        return dump(escape(self._data))
+        return dump(self._data)
 
     @classmethod
     def from_yaml(
@@ -329,5 +329,5 @@ def _plain(value: Any, place: str) -> Any:
         return [_plain(item, f"{place}[{index}]") for index, item in enumerate(value)]
     raise ConfigurationError(
         f"{place or 'pipeline'}: a {type(value).__name__} cannot be a setting",
-        hint="Settings are text, numbers, true/false, lists and mappings; inputs are outputs of task objects.",
+        hint="Settings are text, numbers, true/false, lists and mappings; inputs are outputs of tasks.",
     )

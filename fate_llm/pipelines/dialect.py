@@ -1,11 +1,11 @@
 """The YAML that pipelines are written in: text to plain values with the line of every key, and back.
 
 Rules:
-1. A scalar is what it looks like in YAML 1.2 and JSON: `1e-3` is a number; `no`, `on`, `1:30`, dates are text.
+1. A scalar is what it looks like in YAML 1.2 and JSON: `1e-3` is a number; `no`, `on`, `1:30` are text.
 2. Keys are text and occur once. No custom tags, merge keys, infinity or NaN: each is a fault with its line.
 3. Size, depth and the number of values, aliases expanded, are bounded before memory is taken.
-4. What `dump` writes, `parse` reads back as the same value, keys in the same order; text is quoted wherever an
-   older YAML reader would take it for something else.
+4. What `dump` writes, the loader reads back as the same value, keys in the same order. Text is quoted where
+   an older YAML reader would take it for something else, and `${` is written as `$${`.
 """
 
 from __future__ import annotations
@@ -285,4 +285,15 @@ _Dumper.add_representer(list, _as_list)
 
 def dump(data: Any) -> str:
     """YAML text of plain values, byte for byte the same for the same values in the same order."""
-    return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100_000))
+    return str(yaml.dump(_escaped(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100_000))
+
+
+def _escaped(data: Any) -> Any:
+    """Values as a file has to write them, so that the loader does not take `${` for a variable."""
+    if isinstance(data, str):
+        return data.replace("${", "$${")
+    if isinstance(data, Mapping):
+        return {key: _escaped(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_escaped(item) for item in data]
+    return data

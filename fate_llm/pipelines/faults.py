@@ -116,7 +116,17 @@ def found_by_pydantic(error: ValidationError, data: Any, model: type[BaseModel])
             found.append(_one_of_union(at, members))
         else:
             found += [_translate(detail, path, model) for path, detail, _ in members]
+    found = [one for one in found if not _is_misspelt(one, found)]
     return list({(one.code, one.path): one for one in found}.values())
+
+
+def _is_misspelt(missing: Found, found: Sequence[Found]) -> bool:
+    """A required key that is there under a name so near to it that the unknown key's fault says it all."""
+    if missing.code != "missing_key":
+        return False
+    beside = [o.path[-1] for o in found if o.code == "unknown_key" and o.path[:-1] == missing.path[:-1]]
+    meant = [nearest(str(key), [str(missing.path[-1])]) for key in beside]
+    return any(hint.startswith("did you mean") for hint in meant)
 
 
 def _place(detail: ErrorDetails, data: Any) -> tuple[Path, Path | None, str]:

@@ -19,7 +19,7 @@ from fate_llm.core.names import nearest
 
 from .dialect import MAX_BYTES, Mark, Path, Source, dotted, has_step, parse
 
-__all__ = ["COMMAND_LINE", "MAX_INCLUDES", "apply_sets", "escape", "load_file", "load_text"]
+__all__ = ["COMMAND_LINE", "MAX_INCLUDES", "apply_sets", "load_file", "load_text"]
 
 COMMAND_LINE = "--set"
 MAX_INCLUDES = 32
@@ -43,17 +43,6 @@ def load_text(
     """The same for text without a file; includes start at `folder`, and are refused without one."""
     source = _Files(environ or {}).finish(parse(text, None), folder)
     return apply_sets(source, sets)
-
-
-def escape(data: Any) -> Any:
-    """Values as a file has to write them, so that `${` in a text is not taken for a variable."""
-    if isinstance(data, str):
-        return data.replace("${", "$${")
-    if isinstance(data, Mapping):
-        return {key: escape(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [escape(item) for item in data]
-    return data
 
 
 class _Files:
@@ -249,7 +238,7 @@ def _set(source: Source, key: str, value: Any) -> None:
         if not rest:
             break
         below = where[step] if has_step(where, step) else None
-        if below is None and _may_open(here):
+        if below is None and isinstance(where, dict) and _may_open(here):
             below = where[step] = {}
             source.marks[here] = Mark(COMMAND_LINE, None)
         if not isinstance(below, (dict, list)):

@@ -185,7 +185,7 @@ class _Task:
         return unknown
 
     def _load(self, field: PluginField, view: _View) -> Any:
-        """The plug-in; one that fits with everything when it cannot be loaded, which is a fault of its own."""
+        """The plug-in; one that fits with everything when it cannot be loaded, which is its own fault."""
         try:
             return plugins.load(field.kind, field.name)
         except FateError as error:

@@ -64,7 +64,7 @@ def _traffic_dict(traffic: Traffic) -> dict[str, Any]:
 class PartyTotals:
     """One party's whole job. None is unknown.
 
-    memory_bytes: peak of the party's process: the largest of its tasks, None when it is unknown for one of them.
+    memory_bytes: peak of the party's process: the largest of its tasks, None when one of them is unknown.
     *_known: the part that is known.
     """
 

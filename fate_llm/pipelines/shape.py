@@ -55,8 +55,15 @@ def _mend(data: dict[str, Any], one: Found) -> None:
     if isinstance(holder, list) and isinstance(step, int) and step < len(holder):
         slug = _slug(holder[step]) if one.code == "invalid_name" else ""
         holder[step : step + 1] = [slug] if slug else []
+        around = _at(data, path[:-2])
+        if not holder and isinstance(around, dict):  # an empty list would say "nobody"
+            del around[path[-2]]
     elif isinstance(holder, dict) and step in holder:
-        value = holder.pop(step)
+        value = holder[step]
+        if one.kind == "tuple_type" and isinstance(value, str):
+            holder[step] = [value]
+            return
+        del holder[step]
         slug = _slug(step if one.key else value) if one.code == "invalid_name" else ""
         if slug and one.key:
             holder.setdefault(slug, value)

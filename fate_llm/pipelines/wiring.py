@@ -16,7 +16,7 @@ __all__ = ["check_wiring"]
 
 
 def check_wiring(draft: Draft) -> None:
-    """Add a fault for every input that is unknown, missing, of another kind, or lacking where it is needed."""
+    """Add a fault for every input that is unknown, of another kind, or lacking where it is needed."""
     for task in draft.spec.tasks:
         for path, inputs in _written_inputs(draft, task):
             for name, value in inputs.items():

@@ -56,20 +56,26 @@ def _fields(root: dict[str, Any], schema: dict[str, Any], prefix: str) -> list[d
                 "name": prefix + name,
                 "type": _type(root, field),
                 "required": name in required,
-                "default": json.dumps(field.get("default")) if name not in required else None,
+                "default": None if name in required else _default(field),
                 "bounds": _bounds(root, field),
                 "meaning": field.get("description") or inner.get("description", ""),
             }
         )
-        if "properties" in inner:
-            rows += _fields(root, inner, f"{prefix}{name}.")
+        below = _resolve(root, inner["items"]) if "items" in inner else inner
+        if "properties" in below:
+            rows += _fields(root, below, f"{prefix}{name}{'[]' if below is not inner else ''}.")
     return rows
+
+
+def _default(field: dict[str, Any]) -> str:
+    """JSON of the default; a schema does not show what a factory makes, which is always something empty."""
+    empty: dict[str, Any] = {"object": {}, "array": []}
+    return json.dumps(field.get("default", empty.get(field.get("type", ""))), ensure_ascii=False)
 
 
 def _resolve(root: dict[str, Any], field: dict[str, Any]) -> dict[str, Any]:
     """The definition behind a reference, also inside `anyOf` with null."""
-    options = [option for option in field.get("anyOf", [field]) if option.get("type") != "null"]
-    first: dict[str, Any] = options[0] if options else field
+    first = _options(field)[0]
     reference = first.get("$ref")
     if reference is None:
         return first
@@ -77,7 +83,14 @@ def _resolve(root: dict[str, Any], field: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _options(field: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a value may be, besides null."""
+    return [option for option in field.get("anyOf", ()) if option.get("type") != "null"] or [field]
+
+
 def _type(root: dict[str, Any], field: dict[str, Any]) -> str:
+    if len(_options(field)) > 1:
+        return " or ".join(_type(root, option) for option in _options(field))
     inner = _resolve(root, field)
     if "enum" in inner:
         return " | ".join(map(str, inner["enum"]))
@@ -105,4 +118,7 @@ _BOUNDS = {
 
 def _bounds(root: dict[str, Any], field: dict[str, Any]) -> str:
     inner = _resolve(root, field)
-    return ", ".join(f"{text} {inner[key]}" for key, text in _BOUNDS.items() if key in inner)
+    found = [f"{text} {inner[key]}" for key, text in _BOUNDS.items() if key in inner]
+    if "plugin" in field:
+        found.append(f"name of a plug-in: {field['plugin']}")
+    return ", ".join(found)

@@ -144,6 +144,7 @@ class Submission:
         self.folder = JobFolder.create(workdir, job_id)
         self._events = EventLog(now=now, observers=tuple(observers))
         self._job: LocalJob | None = None
+        self._cancelled: str | None = None
 
     def run(self) -> JobResult:
         """Run the job to its end; failed tasks are tried again as often as `job.retries` says."""
@@ -162,7 +163,7 @@ class Submission:
         )
         outcome = self._attempt(1, {})
         for attempt in range(2, spec.job.retries + 2):
-            if outcome.status != "failed" or isinstance(outcome.error, ConfigurationError):
+            if outcome.status != "failed" or isinstance(outcome.error, ConfigurationError) or self._cancelled:
                 break
             self._events.emit(None, "", "", "retry", {"attempt": attempt, "error": str(outcome.error)})
             outcome = self._attempt(attempt, _finished_everywhere(self._spec, outcome))
@@ -181,10 +182,13 @@ class Submission:
             events=self._events,
             finished=finished,
         )
+        if self._cancelled is not None:  # before this attempt began
+            self._job.cancel(self._cancelled)
         return self._job.run()
 
     def cancel(self, reason: str) -> None:
-        """Stop all parties; `run` returns with status `cancelled`."""
+        """Stop all parties; `run` returns with status `cancelled`, unless all had finished."""
+        self._cancelled = reason
         if self._job is not None:
             self._job.cancel(reason)
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-from fate_llm.core.errors import FateError, JobCancelled, PeerFailed
+from fate_llm.core.errors import FateError, FederationError, JobCancelled, PeerFailed
 from fate_llm.core.interfaces import Transport
 from fate_llm.core.values import Roster
 from fate_llm.protocols.channel import JobChannel
@@ -62,6 +62,7 @@ class LocalJob:
         one_malloc_arena()
         network = network or MemoryNetwork()
         sharing = Sharing()
+        self._cancelled = False
         self._channels: dict[str, JobChannel] = {}
         self._runs: dict[str, PartyRun] = {}
         for party in roster:
@@ -100,6 +101,7 @@ class LocalJob:
 
     def cancel(self, reason: str) -> None:
         """Stop all parties: waits end at once, training ends after the step that is running."""
+        self._cancelled = True
         for channel in self._channels.values():
             channel.cancel(reason)
 
@@ -115,10 +117,17 @@ class LocalJob:
         }
         if not errors:
             return Outcome("success", outputs, traffic=traffic)
-        causes = [error for error in errors.values() if not isinstance(error, PeerFailed)]
-        cause = causes[0] if causes else next(iter(errors.values()))
-        cancelled = all(isinstance(error, JobCancelled) for error in causes) and bool(causes)
-        return Outcome("cancelled" if cancelled else "failed", outputs, errors, cause, traffic)
+        cause = min(errors.values(), key=self._distance)
+        status = "cancelled" if isinstance(cause, JobCancelled) else "failed"
+        return Outcome(status, outputs, errors, cause, traffic)
+
+    def _distance(self, error: FateError) -> int:
+        """How far an error is from what started the end: a party's own fault, what parties miss, who failed."""
+        if isinstance(error, JobCancelled):
+            return 0 if self._cancelled else 2
+        if isinstance(error, FederationError):
+            return 4 if isinstance(error, PeerFailed) else 3
+        return 1
 
 
 def one_malloc_arena() -> None:

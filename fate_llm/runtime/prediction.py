@@ -23,7 +23,7 @@ def prediction_pipeline(job: Path) -> tuple[str, tuple[str, ...]]:
     try:
         manifest = json.loads((job / "manifest.json").read_text())
         status, outputs, base = manifest["status"], manifest["outputs"], Path(manifest["base"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise ConfigurationError(f"{job} is not the folder of a finished job") from None
     if status != "success":
         raise ConfigurationError(f"job {manifest['job_id']} ended with {status}; only a finished one can be used")

@@ -22,11 +22,17 @@ def predict(job: Path, output: Path | None, as_json: bool) -> None:
     Trainers become what their component names (a generator), splitters disappear, readers stay. Submit the result
     with the data to predict on: `fate_llm submit predict.yaml --set tasks.data.params.path=new.jsonl`.
     """
+    from fate_llm.core.errors import ConfigurationError
     from fate_llm.runtime.prediction import prediction_pipeline
 
     text, left_out = prediction_pipeline(job)
     if output is not None:
-        output.write_text(text, encoding="utf-8")
+        try:
+            output.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigurationError(
+                f"{output} cannot be written: {error.strerror}", hint="Name another file."
+            ) from None
     if as_json:
         print_json({"pipeline": text, "left_out": list(left_out), "file": None if output is None else str(output)})
         return

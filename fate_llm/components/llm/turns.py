@@ -6,9 +6,12 @@ finds its own random state, whatever the others drew, so that the result is that
 
 from __future__ import annotations
 
+import ctypes
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +42,7 @@ class Turns:
             try:
                 yield
             finally:
+                _release_threads()
                 self._state = _random_state()
                 _restore(outside)
 
@@ -46,11 +50,34 @@ class Turns:
     def pause(self) -> Iterator[None]:
         """Inside `take`: let others compute while this party waits; its random state waits with it."""
         mine = _random_state()
+        _release_threads()
         try:
             with self._ctx.pause_turn():
                 yield
         finally:
             _restore(mine)
+
+
+@cache
+def _openmp() -> ctypes.CDLL | None:
+    """The OpenMP library that torch has loaded, where it is GNU's."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    paths = [line.split(maxsplit=5)[5] for line in lines if "libgomp" in line]
+    return ctypes.CDLL(paths[0]) if paths else None
+
+
+def _release_threads() -> None:
+    """End the worker threads that computed for this thread; they come back when it computes again.
+
+    Every thread has workers of its own. When all parties' workers together outnumber the cores, GNU's OpenMP lets
+    them sleep between any two operations, and a training step takes up to twice as long.
+    """
+    library = _openmp()
+    if library is not None and hasattr(library, "omp_pause_resource_all"):
+        library.omp_pause_resource_all(ctypes.c_int(1))  # omp_pause_soft
 
 
 def _random_state() -> tuple[Any, ...]:

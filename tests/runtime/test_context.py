@@ -1,0 +1,136 @@
+"""All that a component sees."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fate_llm.core.errors import InternalError, JobCancelled, UnknownPlugin
+from fate_llm.core.seeds import derive_seed
+from fate_llm.core.values import Cohort, Role, Roster
+from fate_llm.protocols.channel import JobChannel
+from fate_llm.runtime.context import JobSetting, TaskContext, load_sum
+from fate_llm.runtime.events import Event, EventLog
+from fate_llm.runtime.jobfolder import PartyFolder
+from fate_llm.runtime.sharing import Sharing
+
+MakeContext = Callable[..., TaskContext]
+
+
+@pytest.fixture
+def channels(make_channels: Callable[..., dict[str, JobChannel]]) -> dict[str, JobChannel]:
+    return make_channels("az")
+
+
+@pytest.fixture
+def make_context(channels: dict[str, JobChannel], tmp_path: Path) -> MakeContext:
+    sharing = Sharing()
+
+    def make(
+        party: str = "a", role: Role = Role.GUEST, observer: Callable[[Event], None] = lambda e: None
+    ) -> TaskContext:
+        folder = PartyFolder(tmp_path / "parties" / party)
+        log = EventLog(now=lambda: 5.0, observers=(observer,))
+        roster = Roster("a", (), "z")
+        setting = JobSetting("job", party, roster, 7, 20.0, tmp_path, folder, channels[party], log, sharing)
+        cohort = Cohort(("a",), "z", 1)
+        return TaskContext(setting, task="tune", role=role, cohort=cohort, params=None, inputs={}, outputs=("model",))
+
+    return make
+
+
+def test_an_output_is_a_path_that_is_free_in_a_folder_that_is_there(make_context: MakeContext) -> None:
+    path = make_context().output("model")
+    assert path.parts[-3:] == ("a", "tune", "model")
+    assert path.parent.is_dir()
+    assert not path.exists()
+
+
+def test_an_output_that_was_not_declared_is_a_bug(make_context: MakeContext) -> None:
+    with pytest.raises(InternalError, match="no output 'modle'"):
+        make_context().output("modle")
+
+
+def test_scratch_is_a_folder_of_party_and_task(make_context: MakeContext) -> None:
+    assert make_context().scratch().is_dir()
+    assert make_context().scratch() != make_context("z", Role.ARBITER).scratch()
+
+
+def test_paths_start_at_the_pipeline(
+    make_context: MakeContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ctx = make_context()
+    assert ctx.resolve("data/x.jsonl") == tmp_path / "data" / "x.jsonl"
+    assert ctx.resolve("/data/x.jsonl") == Path("/data/x.jsonl")
+    monkeypatch.setenv("HOME", "/home/of-somebody")
+    assert ctx.resolve("~/x") == Path("/home/of-somebody/x")
+
+
+def test_the_same_labels_give_the_same_seed_at_every_party(make_context: MakeContext) -> None:
+    a, z = make_context(), make_context("z", Role.ARBITER)
+    assert a.seed("tune", "split") == z.seed("tune", "split") == derive_seed(7, "tune", "split")
+    assert a.seed("tune", "split") != a.seed("tunesplit")
+
+
+def test_parties_of_a_process_share_objects_and_take_turns(make_context: MakeContext) -> None:
+    a, z = make_context(), make_context("z", Role.ARBITER)
+    assert a.shared("model", lambda: object()) is z.shared("model", lambda: object())
+    with a.turn(), a.pause_turn(), z.turn():
+        pass
+
+
+def test_metrics_and_events_go_to_the_party_s_files(make_context: MakeContext, tmp_path: Path) -> None:
+    seen: list[Event] = []
+    ctx = make_context(observer=seen.append)
+    ctx.log_metrics({"loss": 1.5}, step=2)
+    ctx.emit("note", text="hello")
+    folder = tmp_path / "parties" / "a"
+    assert json.loads((folder / "metrics.jsonl").read_text()) == {"task": "tune", "step": 2, "loss": 1.5}
+    assert seen == [Event("note", "a", "tune", 5.0, {"text": "hello"})]
+
+
+def test_a_cancelled_job_is_noticed(make_context: MakeContext, channels: dict[str, JobChannel]) -> None:
+    ctx = make_context()
+    ctx.check_cancelled()
+    channels["a"].cancel("enough")
+    with pytest.raises(JobCancelled, match="enough"):
+        ctx.check_cancelled()
+
+
+def test_a_protection_that_nobody_has_is_an_error(make_context: MakeContext) -> None:
+    assert load_sum("plain").hides_terms is False
+    with pytest.raises(UnknownPlugin, match="no sum is called 'plian'"):
+        make_context().contributor_rounds(1, protection="plian")
+
+
+def test_every_use_of_the_rounds_is_a_conversation_of_its_own(
+    make_context: MakeContext, together: Callable[..., dict[str, object]]
+) -> None:
+    # Given two uses of the rounds one after the other, When both sides run them, Then each has its own result
+    state = {"w": np.zeros(2, np.float32)}
+
+    def contribute() -> list[float]:
+        ctx, found = make_context(), []
+        for step in (1.0, 3.0):
+            rounds = ctx.contributor_rounds(1, protection="plain")
+            rounds.start(state)
+            for round in rounds:
+                result = round.contribute({"w": np.full(2, step, np.float32)}, weight=1.0)
+                found.append(float(result.state["w"][0]))
+        return found
+
+    def coordinate() -> None:
+        ctx = make_context("z", Role.ARBITER)
+        for _ in range(2):
+            rounds = ctx.coordinator_rounds(1, protection="plain")
+            begin = rounds.start()
+            for round in rounds:
+                total = round.collect()
+                round.publish({name: value + total.mean[name] for name, value in begin.items()})
+
+    ends = together({"a": contribute, "z": coordinate})
+    assert ends == {"a": [1.0, 3.0], "z": None}

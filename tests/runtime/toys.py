@@ -1,0 +1,221 @@
+"""Components without a model: they write words, add numbers, fail and wait, as tests ask them to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from fate_llm.core import errors
+from fate_llm.core.interfaces import Context, Estimate, Frozen, Keep, PlanView, Port, PredictRule, Replace
+from fate_llm.core.values import Artifact, ArtifactKind, Payload, Role
+
+DATASET, METRICS, REPORT, MODEL = ArtifactKind.DATASET, ArtifactKind.METRICS, ArtifactKind.REPORT, ArtifactKind.MODEL
+
+
+class _Toy:
+    """What all toys have in common."""
+
+    class Params(Frozen):
+        pass
+
+    inputs: ClassVar[Mapping[str, Port]] = {}
+    outputs: ClassVar[Mapping[str, Port]] = {}
+    predict_rule: ClassVar[PredictRule] = Keep()
+
+    def needs_experiment(self, params: Any) -> str | None:
+        return None
+
+    def estimate(self, view: PlanView) -> Estimate:
+        return Estimate()
+
+
+class Inner(Frozen):
+    """A setting in a setting."""
+
+    depth: int = Field(1, ge=0, lt=10, description="How deep.")
+    kind: Literal["a", "b"] = Field("a", description="Which kind.")
+
+
+class Words(_Toy):
+    """Writes words into a file.
+
+    A second paragraph, for the manual.
+    """
+
+    class Params(Frozen):
+        word: str = Field("hello", min_length=1, description="What is written.")
+        times: int = Field(1, ge=1, le=10, description="How often.")
+        path: str | None = Field(None, description="A file to read the word from.")
+        inner: Inner = Field(Inner(), description="More settings.")
+        many: tuple[Inner, ...] = Field((), description="A list of them.")
+        notes: dict[str, str] = Field(default_factory=dict, description="Free notes.")
+        size: int | str = Field(3, description="A number or a word.")
+
+    outputs: ClassVar[Mapping[str, Port]] = {"dataset": Port(DATASET, "The words.")}
+
+    def guest(self, ctx: Context) -> None:
+        params: Words.Params = ctx.params
+        word = params.word if params.path is None else ctx.resolve(params.path).read_text().strip()
+        ctx.output("dataset").write_text(" ".join([word] * params.times))
+        ctx.emit("data", words=params.times)
+
+    host = guest
+
+
+class Adder(_Toy):
+    """Adds up the lengths of all parties' words; the arbiter coordinates."""
+
+    class Params(Frozen):
+        tone: str = Field("plain", description="Carried over into predictions.")
+        only_training: int = Field(0, description="Left behind.")
+
+    inputs: ClassVar[Mapping[str, Port]] = {
+        "data": Port(DATASET, "Words."),
+        "more": Port(DATASET, "Further words.", required=False, many=True),
+        "extra": Port(DATASET, "A file that may be there.", required=False),
+    }
+    outputs: ClassVar[Mapping[str, Port]] = {
+        "model": Port(MODEL, "The sum, as if it were a model."),
+        "metrics": Port(METRICS, "The sum."),
+    }
+    predict_rule: ClassVar[PredictRule] = Replace("teller", "model", {"data": "data"}, ("tone",))
+
+    def guest(self, ctx: Context) -> None:
+        data = ctx.inputs["data"]
+        assert isinstance(data, Artifact)
+        sums = ctx.channel.aggregate("lengths", {"length": len(data.path.read_text())}, protection="plain")
+        ctx.output("model").write_text(str(sums["length"]))
+        rows = [{"round": number, "local_loss": 2.0 - number, "loss": 2.0 - number} for number in (1, 2)]
+        found = {"sum": sums["length"], "models": [{"label": "toy", "loss": sums["length"]}], "rounds": rows}
+        ctx.output("metrics").write_text(json.dumps(found))
+        ctx.log_metrics(sums, step=1)
+
+    host = guest
+
+    def arbiter(self, ctx: Context) -> None:
+        ctx.channel.aggregate("lengths", None, protection="plain")
+
+
+class Teller(_Toy):
+    """Tells what an adder found."""
+
+    class Params(Frozen):
+        tone: str = Field("plain", description="How it is told.")
+
+    inputs: ClassVar[Mapping[str, Port]] = {"model": Port(MODEL, "The sum."), "data": Port(DATASET, "Words.")}
+    outputs: ClassVar[Mapping[str, Port]] = {"answers": Port(REPORT, "What is told.")}
+
+    def guest(self, ctx: Context) -> None:
+        model, data = ctx.inputs["model"], ctx.inputs["data"]
+        assert isinstance(model, Artifact)
+        assert isinstance(data, Artifact)
+        ctx.output("answers").write_text(f"{ctx.params.tone}: {model.path.read_text()} {data.path.read_text()}")
+
+    host = guest
+
+
+class Breaker(_Toy):
+    """Fails at one party while the others wait for it; `times` attempts fail, then it works."""
+
+    class Params(Frozen):
+        at: str = Field("", description="Who fails; nobody when empty.")
+        error: str = Field("DataError", description="A class of core.errors, or of Python.")
+        times: int = Field(1000, description="How many attempts fail.")
+
+    attempts: ClassVar[dict[str, int]] = {}
+    outputs: ClassVar[Mapping[str, Port]] = {"dataset": Port(DATASET, "Nothing much.")}
+
+    def guest(self, ctx: Context) -> None:
+        self._maybe_fail(ctx)
+        ctx.channel.aggregate("meeting", {"here": 1.0}, protection="plain")
+        ctx.output("dataset").write_text("met")
+
+    host = guest
+
+    def arbiter(self, ctx: Context) -> None:
+        self._maybe_fail(ctx)
+        ctx.channel.aggregate("meeting", None, protection="plain")
+
+    def _maybe_fail(self, ctx: Context) -> None:
+        params: Breaker.Params = ctx.params
+        if params.at != ctx.party:
+            return
+        count = self.attempts[ctx.task] = self.attempts.get(ctx.task, 0) + 1
+        if count <= params.times:
+            kind = getattr(errors, params.error, None) or {"ValueError": ValueError}[params.error]
+            raise kind(f"broken at {ctx.party}")
+
+
+class Waiter(_Toy):
+    """Waits for a message that never comes."""
+
+    def guest(self, ctx: Context) -> None:
+        ctx.emit("note", text="waiting")
+        other = next(party for party in ctx.cohort.members if party != ctx.party)
+        ctx.channel.receive(other, "godot", timeout=600)
+
+    host = guest
+
+
+class Meeting(_Toy):
+    """Says in which roles it ran."""
+
+    outputs: ClassVar[Mapping[str, Port]] = {
+        "dataset": Port(DATASET, "Roles of a data owner."),
+        "report": Port(REPORT, "Of the arbiter.", roles=frozenset({Role.ARBITER})),
+    }
+
+    def guest(self, ctx: Context) -> None:
+        ctx.channel.send(ctx.cohort.coordinator, "role", Payload({"role": ctx.role.value}))
+        ctx.output("dataset").write_text(ctx.role.value)
+
+    host = guest
+
+    def arbiter(self, ctx: Context) -> None:
+        said = [ctx.channel.receive(party, "role").fields["role"] for party in ctx.cohort.contributors]
+        ctx.output("report").write_text(json.dumps(said))
+
+
+TOYS: dict[str, type] = {
+    "words": Words,
+    "adder": Adder,
+    "teller": Teller,
+    "breaker": Breaker,
+    "waiter": Waiter,
+    "meeting": Meeting,
+}
+
+
+@dataclass(frozen=True)
+class Installed:
+    """Stands in for an entry point of an installed package."""
+
+    component: type
+
+    def load(self) -> type:
+        return self.component
+
+
+def installed(kind: str) -> dict[str, Installed]:
+    """What `core.plugins._installed` gives when a package with the toys is installed."""
+    return {name: Installed(toy) for name, toy in TOYS.items()} if kind == "component" else {}
+
+
+def toy_pipeline(**tasks: Any) -> dict[str, Any]:
+    """Three parties and an arbiter; words are added up unless other tasks are given."""
+    usual = {
+        "words": {"component": "words", "params": {"word": "ab"}},
+        "add": {"component": "adder", "inputs": {"data": "words.dataset"}, "params": {"tone": "loud"}},
+    }
+    return {
+        "version": 1,
+        "name": "toys",
+        "parties": {"guest": "a", "hosts": ["b", "c"], "arbiter": "z"},
+        "tasks": tasks or usual,
+        "overrides": {} if tasks else {"b": {"words": {"params": {"times": 2}}}},
+        "job": {"seed": 5, "round_deadline": "20s"},
+    }
