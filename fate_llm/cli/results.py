@@ -31,7 +31,8 @@ def print_result(result: JobResult, *, guest: str, console: Console | None = Non
     console = console or Console(highlight=False)
     for task, content in result.metrics.items():
         if rows := content.get("models"):
-            console.print(_scores(f"{task}: held-out records of all parties", rows))
+            console.print(f"{task}: held-out records of all parties", soft_wrap=True, markup=False)
+            console.print(_scores(rows))
         _samples(console, result, guest, task)
     for task, outputs in result.outputs.get(guest, {}).items():
         if "model" in outputs:
@@ -44,8 +45,8 @@ def print_result(result: JobResult, *, guest: str, console: Console | None = Non
             console.print(f"hint: {result.error.hint}", soft_wrap=True, markup=False)
 
 
-def _scores(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(title=title, title_justify="left")
+def _scores(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table()
     columns = {key: name for key, name in _COLUMNS.items() if key in rows[0]}
     for key, name in columns.items():
         table.add_column(name, justify="left" if key == "label" else "right")

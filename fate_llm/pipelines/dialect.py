@@ -98,7 +98,7 @@ for _name, _pattern, _first in _SCALARS:
 
 def parse(text: str, file: str | None) -> Source:
     """Read one YAML (or JSON) document; never raises, whatever the text is."""
-    source = Source()
+    source = Source(marks={(): Mark(file, 1)})
     node = None
     if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
         source.faults.append(_fault("file_too_large", file, None, f"more than {MAX_BYTES} bytes", _SHORTER))
@@ -108,7 +108,9 @@ def parse(text: str, file: str | None) -> Source:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         message = " ".join(part for part in (error.context, error.problem) if part)
-        source.faults.append(_fault("yaml_syntax", file, mark.line + 1 if mark else None, message, _SYNTAX))
+        line = mark.line if mark else 0
+        hint = _QUOTES if "${" in "".join(text.splitlines()[line : line + 1]) else _SYNTAX
+        source.faults.append(_fault("yaml_syntax", file, line + 1, message, hint))
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         source.faults.append(
@@ -124,6 +126,7 @@ def parse(text: str, file: str | None) -> Source:
 
 
 _SYNTAX = "YAML: two spaces for each level, `key: value`"
+_QUOTES = "within { } or [ ], text with ${NAME} needs quotes"
 _SHORTER = "a pipeline is short; data belongs in a file that a task reads"
 
 

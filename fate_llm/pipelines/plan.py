@@ -43,6 +43,7 @@ class TaskPlan:
             "inputs": {party: {p: list(s) for p, s in ports.items()} for party, ports in self.inputs.items()},
             "traffic": [_traffic_dict(t) for t in self.estimate.traffic],
             "memory_bytes": self.estimate.memory_bytes,
+            "coordinator_memory_bytes": self.estimate.coordinator_memory_bytes,
             "notes": list(self.estimate.notes),
             "coordinator_learns": list(self.learns),
         }
@@ -141,7 +142,7 @@ class _Maker:
         params = {party: self.params[party, name] for party in self.runs[name]}
         upstream: Upstream = {}
         for party in self.runs[name]:
-            for port in spec.inputs_for(party, name):
+            for port in self._inputs(party, name):
                 for key, maker in self._makers(party, name, port, port):
                     upstream.setdefault(key, {})[party] = maker
         cohort = spec.cohort(name)
@@ -247,7 +248,7 @@ def _render_task(task: TaskPlan) -> Iterator[str]:
     else:
         yield "   nothing is sent"
     if task.estimate.memory_bytes is not None:
-        yield f"   memory of a party: {_size(task.estimate.memory_bytes)}"
+        yield f"   memory of a contributor: {_size(task.estimate.memory_bytes)}"
     yield from (f"   {lesson}" for lesson in task.learns)
     yield from (f"   note: {note}" for note in task.estimate.notes)
 

@@ -62,6 +62,13 @@ def parse_duration(value: Any) -> float:
     return seconds
 
 
+def _whole_number(value: Any) -> Any:
+    """Python takes true for 1; a version is a number."""
+    if isinstance(value, bool):
+        raise ValueError("should be 1")
+    return value
+
+
 Duration = Annotated[
     float,
     BeforeValidator(parse_duration),
@@ -185,7 +192,7 @@ class JobSettings(Strict):
 class PipelineSpec(Strict):
     """A pipeline: parties, tasks and what differs between the parties."""
 
-    version: Literal[1] = Field(description="Version of the language.")
+    version: Annotated[Literal[1], BeforeValidator(_whole_number)] = Field(description="Version of the language.")
     name: Name = Field(description="Name of the pipeline; job ids start with it.")
     description: str = Field("", description="For people.")
     parties: Parties = Field(description="Who takes part.")

@@ -26,7 +26,7 @@ class Quiet:
         return None
 
     def estimate(self, view: PlanView) -> Estimate:
-        return Estimate(memory_bytes=10)
+        return Estimate(memory_bytes=10, coordinator_memory_bytes=5)
 
     def guest(self, ctx: Any) -> None: ...
 
@@ -119,7 +119,7 @@ class Trainer(Quiet):
                 rounds = view.params[party].rounds
                 traffic.append(Traffic(party, view.cohort.coordinator, "update", rounds, 1024))
                 traffic.append(Traffic(view.cohort.coordinator, party, "state", rounds, 1024))
-        return Estimate(tuple(traffic), 5 * 2**20, ("tiny",))
+        return Estimate(tuple(traffic), 5 * 2**20, 2**20, notes=("tiny",))
 
     def arbiter(self, ctx: Any) -> None: ...
 

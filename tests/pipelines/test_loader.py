@@ -24,12 +24,18 @@ Write = Callable[[str, str], Path]
 
 def test_listed_variables_are_put_in() -> None:
     # Given a text that lists what it names
-    text = "env: [DATA, USER]\na: ${DATA}/x.jsonl\nb: [hello ${USER} and ${USER}]\n"
+    text = "env: [DATA, USER]\na: ${DATA}/x.jsonl\nb: ['hello ${USER} and ${USER}']\n"
     # When it is read with these variables
     source = load_text(text, environ={"DATA": "/srv", "USER": "eve", "OTHER": "1"})
     # Then their values stand in the texts
     assert source.faults == []
     assert source.data == {"env": ["DATA", "USER"], "a": "/srv/x.jsonl", "b": ["hello eve and eve"]}
+
+
+def test_a_variable_without_quotes_between_brackets_gets_a_hint() -> None:
+    faults = load_text("env: [A]\nb: {path: ${A}/x}\n", environ={"A": "x"}).faults
+    assert [(fault.code, fault.line) for fault in faults] == [("yaml_syntax", 2)]
+    assert "needs quotes" in faults[0].hint
 
 
 def test_a_value_of_the_environment_stays_text() -> None:

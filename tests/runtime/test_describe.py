@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -13,6 +11,7 @@ from fate_llm.core import plugins
 from fate_llm.core.errors import UnknownPlugin
 from fate_llm.core.interfaces import Frozen
 from fate_llm.runtime.describe import describe_component, describe_params
+from tests.cli.conftest import python
 from tests.runtime.toys import Words
 
 
@@ -101,4 +100,5 @@ def test_describing_loads_no_torch() -> None:
         "for name in plugins.names('component'): describe_component(name)\n"
         "assert not {'torch', 'transformers', 'peft'} & set(sys.modules), 'torch was loaded'\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    done = python("-c", script)
+    assert done.returncode == 0, done.stderr
