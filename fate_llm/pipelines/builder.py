@@ -175,14 +175,16 @@ class Pipeline:
 
         params: by task, for tasks whose name is no Python word; `more` is the same. Calls add up.
         """
+        given = [("params", params or {}), ("params", more), ("inputs", inputs or {})]
+        # All values first: a wrong one must leave the pipeline as it was.
+        plain = [
+            (part, task, _plain(values, f"overrides.{party}.{task}.{part}"))
+            for part, tasks in given
+            for task, values in tasks.items()
+        ]
         overrides = self._mapping("overrides").setdefault(party, {})
-        for settings in (params or {}, more):
-            for task, values in settings.items():
-                place = f"overrides.{party}.{task}.params"
-                overrides.setdefault(task, {}).setdefault("params", {}).update(_plain(values, place))
-        for task, sources in (inputs or {}).items():
-            place = f"overrides.{party}.{task}.inputs"
-            overrides.setdefault(task, {}).setdefault("inputs", {}).update(_plain(sources, place))
+        for part, task, values in plain:
+            overrides.setdefault(task, {}).setdefault(part, {}).update(values)
         return self
 
     def _mapping(self, key: str) -> dict[str, Any]:

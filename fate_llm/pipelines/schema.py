@@ -192,7 +192,9 @@ class JobSettings(Strict):
 class PipelineSpec(Strict):
     """A pipeline: parties, tasks and what differs between the parties."""
 
-    version: Annotated[Literal[1], BeforeValidator(_whole_number)] = Field(description="Version of the language.")
+    version: Annotated[Literal[1], BeforeValidator(_whole_number)] = Field(
+        description="Version of the language."
+    )
     name: Name = Field(description="Name of the pipeline; job ids start with it.")
     description: str = Field("", description="For people.")
     parties: Parties = Field(description="Who takes part.")

@@ -12,7 +12,17 @@ from pydantic import Field, model_validator
 
 from fate_llm.core import plugins
 from fate_llm.core.errors import Fault, MissingExtra, PipelineInvalid, UnknownPlugin
-from fate_llm.core.interfaces import Drop, Estimate, Frozen, Keep, PassThrough, PlanView, Port, Replace, Traffic
+from fate_llm.core.interfaces import (
+    Drop,
+    Estimate,
+    Frozen,
+    Keep,
+    PassThrough,
+    PlanView,
+    Port,
+    Replace,
+    Traffic,
+)
 from fate_llm.core.names import nearest
 from fate_llm.core.values import ArtifactKind, Role
 from fate_llm.pipelines.check import check

@@ -85,8 +85,24 @@ SINGLE: list[tuple[str, str, str, str, int, str, str]] = [
     ("quorum: 3", "quorum: 4", "quorum_too_large", "job.quorum", 15, "found 4", "at most 3"),
     ("quorum: 3", "quorum: 0", "invalid_value", "job.quorum", 15, "found 0", "greater"),
     ("quorum: 3", "retry: 3", "unknown_key", "job.retry", 15, "'retry'", "did you mean 'retries'?"),
-    ("component: source", "component: sorce", "unknown_component", "tasks.data.component", 5, "'sorce'", "'source'"),
-    ("component: source", "component: shut", "plugin_unavailable", "tasks.data.component", 5, "library", "pip"),
+    (
+        "component: source",
+        "component: sorce",
+        "unknown_component",
+        "tasks.data.component",
+        5,
+        "'sorce'",
+        "'source'",
+    ),
+    (
+        "component: source",
+        "component: shut",
+        "plugin_unavailable",
+        "tasks.data.component",
+        5,
+        "library",
+        "pip",
+    ),
     ("component: source, ", "", "missing_key", "tasks.data.component", 5, "'component'", "add"),
     ("split: {comp", "Split One: {comp", "invalid_name", "tasks.Split One", 6, "'Split One'", "lower"),
     (
@@ -116,7 +132,15 @@ SINGLE: list[tuple[str, str, str, str, int, str, str]] = [
         "data.report is report, the input takes dataset",
         "valid: data.dataset",
     ),
-    ("{data: data.dataset}", "{data: dataset}", "invalid_value", "tasks.split.inputs.data", 6, "'dataset'", "task.out"),
+    (
+        "{data: data.dataset}",
+        "{data: dataset}",
+        "invalid_value",
+        "tasks.split.inputs.data",
+        6,
+        "'dataset'",
+        "task.out",
+    ),
     ("{data: data.dataset}", "{data: 3}", "invalid_value", "tasks.split.inputs.data", 6, "found 3", "text"),
     (
         "{data: data.dataset}",
@@ -145,9 +169,33 @@ SINGLE: list[tuple[str, str, str, str, int, str, str]] = [
         "divider has no input 'dat'",
         "did you mean 'data'?",
     ),
-    ("inputs: {data: data.dataset}, ", "", "input_missing", "tasks.split.inputs", 6, "'data' is required", "Records."),
-    ("{model: tune.model, data", "{model: [], data", "input_missing", "tasks.score.inputs", 11, "'model'", "Models."),
-    ("{data: data.dataset}", "{data: split.train}", "cycle", "tasks.split.inputs", 6, "split -> split", "cut"),
+    (
+        "inputs: {data: data.dataset}, ",
+        "",
+        "input_missing",
+        "tasks.split.inputs",
+        6,
+        "'data' is required",
+        "Records.",
+    ),
+    (
+        "{model: tune.model, data",
+        "{model: [], data",
+        "input_missing",
+        "tasks.score.inputs",
+        11,
+        "'model'",
+        "Models.",
+    ),
+    (
+        "{data: data.dataset}",
+        "{data: split.train}",
+        "cycle",
+        "tasks.split.inputs",
+        6,
+        "split -> split",
+        "cut",
+    ),
     ("test: 0.2", "test: 1", "invalid_value", "tasks.split.params.test", 6, "found 1", "less than 1"),
     ("test: 0.2", "by: categry", "invalid_value", "tasks.split.params.by", 6, "'categry'", "'category'"),
     ("test: 0.2", "tset: 0.2", "unknown_key", "tasks.split.params.tset", 6, "'tset'", "did you mean 'test'?"),
@@ -162,7 +210,15 @@ SINGLE: list[tuple[str, str, str, str, int, str, str]] = [
         "steps or epochs",
         "",
     ),
-    ("rounds: 4", "rounds: 4, model: 3", "invalid_value", "tasks.tune.params.model", 10, "found 3", "mapping"),
+    (
+        "rounds: 4",
+        "rounds: 4, model: 3",
+        "invalid_value",
+        "tasks.tune.params.model",
+        10,
+        "found 3",
+        "mapping",
+    ),
     (
         "aggregator: mean",
         "aggregator: meen",
@@ -226,7 +282,15 @@ SINGLE: list[tuple[str, str, str, str, int, str, str]] = [
         "'shred'",
         "valid: locked, open, sealed",
     ),
-    ("tune:\n", "tune:\n    rols: [guest]\n", "unknown_key", "tasks.tune.rols", 8, "'rols'", "did you mean 'roles'?"),
+    (
+        "tune:\n",
+        "tune:\n    rols: [guest]\n",
+        "unknown_key",
+        "tasks.tune.rols",
+        8,
+        "'rols'",
+        "did you mean 'roles'?",
+    ),
     ("tune:\n", "tune:\n    roles: [gest]\n", "invalid_value", "tasks.tune.roles[0]", 8, "'gest'", "'guest'"),
     (
         "params: {test: 0.2}",
@@ -255,7 +319,15 @@ SINGLE: list[tuple[str, str, str, str, int, str, str]] = [
         "'bank-b' is listed twice",
         "once",
     ),
-    ("tune:\n", "tune:\n    stage: training\n", "invalid_value", "tasks.tune.stage", 8, "'training'", "'train'"),
+    (
+        "tune:\n",
+        "tune:\n    stage: training\n",
+        "invalid_value",
+        "tasks.tune.stage",
+        8,
+        "'training'",
+        "'train'",
+    ),
     ("  bank-c:", "  bank-d:", "unknown_party", "overrides.bank-d", 14, "'bank-d'", "did you mean"),
     (
         "{data: {params: {path: c.jsonl}}}",
@@ -318,13 +390,27 @@ SINGLE: list[tuple[str, str, str, str, int, str, str]] = [
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "code", "path", "line", "message", "hint"), SINGLE, ids=[f"{row[2]}-{row[3]}" for row in SINGLE]
+    ("old", "new", "code", "path", "line", "message", "hint"),
+    SINGLE,
+    ids=[f"{row[2]}-{row[3]}" for row in SINGLE],
 )
 def test_one_mistake_is_one_fault(
-    valid_text: str, faults_of: FaultsOf, old: str, new: str, code: str, path: str, line: int, message: str, hint: str
+    valid_text: str,
+    faults_of: FaultsOf,
+    old: str,
+    new: str,
+    code: str,
+    path: str,
+    line: int,
+    message: str,
+    hint: str,
 ) -> None:
     # Given the valid pipeline with one mistake
-    text = valid_text.replace("mean, protection", "median, protection") if old.startswith("median") else valid_text
+    text = (
+        valid_text.replace("mean, protection", "median, protection")
+        if old.startswith("median")
+        else valid_text
+    )
     assert old in text
     # When it is checked
     found = [fault for fault in faults_of(text.replace(old, new, 1)) if fault.code == code]
@@ -354,7 +440,11 @@ FOLLOW_UPS = {
 def test_one_mistake_gives_no_other_fault(
     valid_text: str, faults_of: FaultsOf, old: str, new: str, code: str
 ) -> None:
-    text = valid_text.replace("mean, protection", "median, protection") if old.startswith("median") else valid_text
+    text = (
+        valid_text.replace("mean, protection", "median, protection")
+        if old.startswith("median")
+        else valid_text
+    )
     assert [fault.code for fault in faults_of(text.replace(old, new, 1))] == [code]
 
 
@@ -384,7 +474,9 @@ def test_every_code_that_is_used_is_explained() -> None:
 # --- Parties that differ -------------------------------------------------------------------------
 
 
-def test_a_param_may_be_given_to_each_party_alone(valid: Callable[[], dict[str, Any]], faults_of: FaultsOf) -> None:
+def test_a_param_may_be_given_to_each_party_alone(
+    valid: Callable[[], dict[str, Any]], faults_of: FaultsOf
+) -> None:
     # Given a required param that only overrides give
     data = valid()
     del data["tasks"]["data"]["params"]
@@ -424,7 +516,9 @@ def test_an_input_on_disk_may_stand_for_a_task_at_one_party(
     del data["overrides"]["bank-c"]
     # Then bank-c lacks its data
     faults = faults_of(data)
-    assert [(fault.code, fault.path) for fault in faults] == [("input_not_produced", "tasks.split.inputs.data")]
+    assert [(fault.code, fault.path) for fault in faults] == [
+        ("input_not_produced", "tasks.split.inputs.data")
+    ]
     assert "data.dataset is not produced at bank-c" in faults[0].message
     # Unless a folder on its disk is given
     data["overrides"]["bank-c"] = {"split": {"inputs": {"data": {"path": "mine"}}}}
@@ -464,7 +558,9 @@ def test_of_many_sources_a_party_uses_those_it_has(
     # But each party needs one of them
     data["tasks"]["score"]["inputs"]["model"] = ["alone.model"]
     faults = faults_of(data)
-    assert [(fault.code, fault.path) for fault in faults] == [("input_not_produced", "tasks.score.inputs.model")]
+    assert [(fault.code, fault.path) for fault in faults] == [
+        ("input_not_produced", "tasks.score.inputs.model")
+    ]
     assert "bank-b, bank-c" in faults[0].message
 
 
@@ -474,10 +570,14 @@ def test_of_many_sources_each_has_to_exist_somewhere(
     data = local_models(valid())
     data["tasks"]["score"]["parties"] = ["bank-b", "bank-c", "consortium"]
     faults = faults_of(data)
-    assert [(fault.code, fault.path) for fault in faults] == [("input_not_produced", "tasks.score.inputs.model[1]")]
+    assert [(fault.code, fault.path) for fault in faults] == [
+        ("input_not_produced", "tasks.score.inputs.model[1]")
+    ]
 
 
-def test_an_input_missing_at_one_party_names_it(valid: Callable[[], dict[str, Any]], faults_of: FaultsOf) -> None:
+def test_an_input_missing_at_one_party_names_it(
+    valid: Callable[[], dict[str, Any]], faults_of: FaultsOf
+) -> None:
     data = valid()
     del data["tasks"]["split"]["inputs"]
     for party in ("bank-a", "bank-b"):
@@ -487,7 +587,9 @@ def test_an_input_missing_at_one_party_names_it(valid: Callable[[], dict[str, An
     assert faults[0].message.endswith("at bank-c")
 
 
-def test_references_in_overrides_are_checked_too(valid: Callable[[], dict[str, Any]], faults_of: FaultsOf) -> None:
+def test_references_in_overrides_are_checked_too(
+    valid: Callable[[], dict[str, Any]], faults_of: FaultsOf
+) -> None:
     data = valid()
     data["overrides"]["bank-b"]["split"] = {"inputs": {"data": "tune.modl", "more": "data.dataset"}}
     assert {(fault.code, fault.path) for fault in faults_of(data)} == {
@@ -540,7 +642,11 @@ def test_an_experiment_at_one_party_counts(valid: Callable[[], dict[str, Any]], 
     ],
 )
 def test_plaintext_rules_and_protections(
-    valid: Callable[[], dict[str, Any]], faults_of: FaultsOf, aggregator: str, protection: str, codes: list[str]
+    valid: Callable[[], dict[str, Any]],
+    faults_of: FaultsOf,
+    aggregator: str,
+    protection: str,
+    codes: list[str],
 ) -> None:
     data = valid()
     data["tasks"]["tune"]["params"] |= {"aggregator": aggregator, "protection": protection}
@@ -557,7 +663,9 @@ def test_a_default_counts_in_the_rule(valid: Callable[[], dict[str, Any]], fault
     assert [fault.path for fault in faults] == ["overrides.bank-b.tune.params.aggregator"]
 
 
-def test_one_organisation_may_hold_several_roles(valid: Callable[[], dict[str, Any]], faults_of: FaultsOf) -> None:
+def test_one_organisation_may_hold_several_roles(
+    valid: Callable[[], dict[str, Any]], faults_of: FaultsOf
+) -> None:
     data = valid()
     for parties in (
         {"guest": "bank-a", "hosts": ["bank-b", "bank-c"], "arbiter": "bank-a"},
@@ -633,9 +741,16 @@ def test_no_keys_are_known_where_there_are_none() -> None:
 
 
 JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 5) | st.sampled_from(["x", "Bad Name", "data.dataset", "bank-a", ""]),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["data", "params", "inputs", "component", "bank-a", "x y"]), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers(-5, 5)
+    | st.sampled_from(["x", "Bad Name", "data.dataset", "bank-a", ""]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["data", "params", "inputs", "component", "bank-a", "x y"]), inner, max_size=3
+        )
+    ),
     max_leaves=6,
 )
 PLACES = st.sampled_from(
@@ -667,10 +782,10 @@ PLACES = st.sampled_from(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(junk=st.lists(st.tuples(PLACES, JUNK), min_size=1, max_size=3))
 def test_junk_anywhere_gives_a_pipeline_or_faults(
-    valid: Callable[[], dict[str, Any]], junk: list[tuple[tuple[str, ...], Any]]
+    valid: Callable[[], dict[str, Any]], faults_of: FaultsOf, junk: list[tuple[tuple[str, ...], Any]]
 ) -> None:
     # Given the valid pipeline with anything at all in some places
     data = valid()
@@ -681,11 +796,9 @@ def test_junk_anywhere_gives_a_pipeline_or_faults(
         if isinstance(where, dict):
             where[path[-1]] = value
     # When it is checked, it is a pipeline or a list of faults whose codes are known
-    try:
-        assert isinstance(check(data), PipelineSpec)
-    except PipelineInvalid as error:
-        assert error.faults
-        assert {fault.code for fault in error.faults} <= CODES.keys()
+    found = faults_of(data)
+    assert found or check(data)
+    assert {fault.code for fault in found} <= CODES.keys()
 
 
 def twenty_tasks() -> str:

@@ -186,7 +186,24 @@ def test_steps_lead_into_mappings_and_lists_only(where: object, step: object, th
 
 @pytest.mark.parametrize(
     "text",
-    ["1e-3", "08", "007", "no", "yes", "on", "null", "~", "", "1:30", "2024-01-01", "0o17", "1_000", "<<", "=", "- a"],
+    [
+        "1e-3",
+        "08",
+        "007",
+        "no",
+        "yes",
+        "on",
+        "null",
+        "~",
+        "",
+        "1:30",
+        "2024-01-01",
+        "0o17",
+        "1_000",
+        "<<",
+        "=",
+        "- a",
+    ],
 )
 def test_text_that_looks_otherwise_is_quoted_for_every_dialect(text: str) -> None:
     # Given a text that some reader of YAML takes for a number, a truth or nothing
@@ -218,8 +235,12 @@ PLAIN = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
-@given(data=st.dictionaries(st.text(alphabet=st.characters(exclude_categories=["Cs"])), PLAIN, min_size=1, max_size=5))
+@settings(max_examples=200, deadline=None)
+@given(
+    data=st.dictionaries(
+        st.text(alphabet=st.characters(exclude_categories=["Cs"])), PLAIN, min_size=1, max_size=5
+    )
+)
 def test_what_is_written_is_read_back(data: dict[str, Any]) -> None:
     # When any plain values are written and read
     written = dump(data)
@@ -231,7 +252,7 @@ def test_what_is_written_is_read_back(data: dict[str, Any]) -> None:
     assert dump(read.data) == written
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(text=st.text() | st.text(alphabet="{}[]:,-&*!|>'\"#%@` \n\tab1.<?$\\xu0"))
 def test_no_text_makes_the_reader_fail(text: str) -> None:
     # When any text at all is read, it gives values or faults, and never raises

@@ -116,7 +116,9 @@ def test_each_file_has_an_environment_list_of_its_own(write: Write) -> None:
     main = write("main.yaml", "include: [part.yaml]\nenv: [HOME]\nc: ${HOME}\n")
     # Then the fault lies in the included file
     source = load_file(main, environ={"HOME": "/h"})
-    assert [(fault.code, fault.file, fault.line) for fault in source.faults] == [("env_not_listed", str(part), 2)]
+    assert [(fault.code, fault.file, fault.line) for fault in source.faults] == [
+        ("env_not_listed", str(part), 2)
+    ]
     assert source.data["c"] == "/h"
 
 
@@ -283,7 +285,9 @@ def test_a_wrong_override_is_a_fault(valid_text: str, override: str, message: st
     # When the override is applied
     source = load_text(text, [override])
     # Then it is one fault of the command line, and nothing is changed
-    assert [(fault.code, fault.file, fault.line) for fault in source.faults] == [("set_invalid", COMMAND_LINE, None)]
+    assert [(fault.code, fault.file, fault.line) for fault in source.faults] == [
+        ("set_invalid", COMMAND_LINE, None)
+    ]
     assert message in source.faults[0].message
     assert hint in source.faults[0].hint
     assert source.data == before
@@ -311,7 +315,9 @@ def test_no_override_makes_the_loader_fail(valid_text: str, overrides: list[str]
     text=st.text(alphabet=st.characters(exclude_categories=["Cs"]))
     | st.text(alphabet="version: 1\nname{}[],tasks\n  ${}&*!-'\"")
 )
-def test_a_file_loads_or_is_invalid_and_nothing_else(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+def test_a_file_loads_or_is_invalid_and_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, text: str
+) -> None:
     # Given any text at all in a file
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_text(text, encoding="utf-8", newline="")

@@ -73,12 +73,13 @@ def test_what_is_dropped_says_why(valid: Valid) -> None:
     assert derive(valid()).dropped == {"score": "scorer is for training"}
 
 
-def test_what_rests_on_a_dropped_task_is_dropped(
-    valid: Valid, registry: dict[str, dict[str, Any]]
-) -> None:
+def test_what_rests_on_a_dropped_task_is_dropped(valid: Valid, registry: dict[str, dict[str, Any]]) -> None:
     # Given a reader that is for training only
     data = valid()
-    data["tasks"]["extra"] = {"component": "answerer", "inputs": {"model": "tune.model", "data": "data.dataset"}}
+    data["tasks"]["extra"] = {
+        "component": "answerer",
+        "inputs": {"model": "tune.model", "data": "data.dataset"},
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry["component"]["source"], "predict_rule", Drop())
         # Then nothing remains, and that is told
@@ -150,7 +151,10 @@ def test_splitters_behind_each_other_are_passed_through(valid: Valid) -> None:
 
 def test_roles_and_parties_are_kept_as_far_as_the_replacement_has_them(valid: Valid) -> None:
     data = valid()
-    data["tasks"]["tune"] |= {"roles": ["guest", "host", "arbiter"], "parties": ["bank-a", "bank-b", "consortium"]}
+    data["tasks"]["tune"] |= {
+        "roles": ["guest", "host", "arbiter"],
+        "parties": ["bank-a", "bank-b", "consortium"],
+    }
     data["tasks"]["score"]["parties"] = ["bank-a", "bank-b", "consortium"]
     made = derive(data, outputs_of("tune", parties=("bank-a", "bank-b"))).pipeline.to_dict()
     assert made["tasks"]["tune"]["roles"] == ["guest", "host"]

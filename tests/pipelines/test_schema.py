@@ -41,14 +41,24 @@ def spec_of(data: dict[str, Any], **changes: Any) -> PipelineSpec:
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("30s", 30), ("10m", 600), ("2h", 7200), ("1d", 86400), ("1.5h", 5400), (5, 5), (0.5, 0.5), ("30d", 2592000)],
+    [
+        ("30s", 30),
+        ("10m", 600),
+        ("2h", 7200),
+        ("1d", 86400),
+        ("1.5h", 5400),
+        (5, 5),
+        (0.5, 0.5),
+        ("30d", 2592000),
+    ],
 )
 def test_durations(text: object, seconds: float) -> None:
     assert parse_duration(text) == seconds
 
 
 @pytest.mark.parametrize(
-    "text", ["10", "m", "10 m", "-1s", "1h30m", "10M", "", "٣s", "1e3s", 0, -1, True, None, [], "31d", 1e9, "0s"]
+    "text",
+    ["10", "m", "10 m", "-1s", "1h30m", "10M", "", "٣s", "1e3s", 0, -1, True, None, [], "31d", 1e9, "0s"],
 )
 def test_other_durations_are_refused(text: object) -> None:
     with pytest.raises(ValueError, match="duration"):
@@ -218,7 +228,12 @@ def test_a_guest_alone_does_everything(valid: Valid) -> None:
     ("roles", "contributors", "coordinator", "runs"),
     [
         (["guest"], ("bank-a",), "bank-a", {"bank-a": (G, A)}),
-        (["host", "arbiter"], ("bank-b", "bank-c"), "consortium", {"bank-b": (H,), "bank-c": (H,), "consortium": (A,)}),
+        (
+            ["host", "arbiter"],
+            ("bank-b", "bank-c"),
+            "consortium",
+            {"bank-b": (H,), "bank-c": (H,), "consortium": (A,)},
+        ),
         (["host"], ("bank-b", "bank-c"), "bank-b", {"bank-b": (H, A), "bank-c": (H,)}),
         (["arbiter"], (), "consortium", {"consortium": (A,)}),
     ],

@@ -13,6 +13,7 @@ import copy
 import gc
 import os
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -208,3 +209,8 @@ def own_tree(base: PreTrainedModel) -> PreTrainedModel:
     """
     shared: dict[int, torch.Tensor] = {id(t): t for t in (*base.parameters(), *base.buffers())}
     return copy.deepcopy(base, shared)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":  # `python -m fate_llm.components.llm.models PACKAGE`: convert a packaged model beforehand
+    require_training_extra()
+    model_folder(ModelRef(package=sys.argv[1]), Path)
