@@ -9,11 +9,11 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 
-from fate_llm.core.errors import ConfigurationError, FateError, InternalError, PipelineInvalid
+from fate_llm.core.errors import ConfigurationError, FateError, InternalError, JobCancelled, PipelineInvalid
 
 __all__ = [
     "error_document",
@@ -72,21 +72,26 @@ def reports_errors(command: Command) -> Command:
         try:
             return command(*args, **kwargs)
         except FateError as error:
-            if kwargs.get("as_json"):
-                print_json(error_document(error))
-            else:
-                _explain(error)
-            sys.exit(error.exit_code)
+            _end(error, as_json=bool(kwargs.get("as_json")))
+        except KeyboardInterrupt:
+            _end(JobCancelled("stopped by Ctrl-C", hint=""), as_json=bool(kwargs.get("as_json")))
         # The boundary of the process: whoever reads JSON gets a document whatever happens.
         except Exception as error:
             if not kwargs.get("as_json"):
                 raise
             traceback.print_exc()
-            bug = InternalError(f"{type(error).__name__}: {error}", hint="This is a bug in fate_llm: please report it.")
-            print_json(error_document(bug))
-            sys.exit(bug.exit_code)
+            hint = "This is a bug in fate_llm: please report it."
+            _end(InternalError(f"{type(error).__name__}: {error}", hint=hint), as_json=True)
 
     return wrapped  # type: ignore[return-value]
+
+
+def _end(error: FateError, *, as_json: bool) -> NoReturn:
+    if as_json:
+        print_json(error_document(error))
+    else:
+        _explain(error)
+    sys.exit(error.exit_code)
 
 
 def _explain(error: FateError) -> None:

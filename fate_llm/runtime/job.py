@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fate_llm.core.canonical import digest
-from fate_llm.core.errors import ConfigurationError, FateError, PolicyError
+from fate_llm.core.errors import ConfigurationError, FateError, JobCancelled, PolicyError
 from fate_llm.core.values import ArtifactKind
 from fate_llm.pipelines.dialect import dump
 from fate_llm.pipelines.schema import PipelineSpec
@@ -161,13 +161,21 @@ class Submission:
             python=platform.python_version(),
             machine=platform.machine(),
         )
+        try:
+            return self._finish(self._attempts())
+        except KeyboardInterrupt:  # a second one does not wait for the step that is running
+            error = JobCancelled("stopped by Ctrl-C").as_dict()
+            self.folder.update_manifest(status="cancelled", ended=self._now(), error=error)
+            raise
+
+    def _attempts(self) -> Outcome:
         outcome = self._attempt(1, {})
-        for attempt in range(2, spec.job.retries + 2):
+        for attempt in range(2, self._spec.job.retries + 2):
             if outcome.status != "failed" or isinstance(outcome.error, ConfigurationError) or self._cancelled:
                 break
             self._events.emit(None, "", "", "retry", {"attempt": attempt, "error": str(outcome.error)})
             outcome = self._attempt(attempt, _finished_everywhere(self._spec, outcome))
-        return self._finish(outcome)
+        return outcome
 
     def _attempt(self, number: int, finished: Mapping[str, Mapping[str, Mapping[str, str]]]) -> Outcome:
         spec = self._spec

@@ -84,16 +84,17 @@ class LocalJob:
         threads = [
             threading.Thread(target=run.run, name=f"party-{party}", daemon=True) for party, run in self._runs.items()
         ]
-        for thread in threads:
-            thread.start()
         try:
+            for thread in threads:
+                thread.start()
             for thread in threads:
                 while thread.is_alive():  # a plain join would not see Ctrl-C
                     thread.join(0.2)
         except KeyboardInterrupt:
             self.cancel("stopped by Ctrl-C")
             for thread in threads:
-                thread.join()
+                if thread.ident is not None:  # it had been started
+                    thread.join()
         finally:
             for channel in self._channels.values():
                 channel.close()

@@ -19,7 +19,7 @@ FAULTS = (
 )
 
 
-def command(error: Exception | None) -> click.Command:
+def command(error: BaseException | None) -> click.Command:
     @click.command()
     @json_option
     @reports_errors
@@ -75,6 +75,14 @@ def test_every_error_ends_with_its_exit_code(error: type[FateError]) -> None:
     (found,) = json.loads(done.stdout)["errors"]
     assert (found["code"], found["message"]) == (error.code, "so it is")
     assert found == error_document(error("so it is"))["errors"][0]
+
+
+def test_ctrl_c_is_an_end_like_any_other() -> None:
+    done = CliRunner().invoke(command(KeyboardInterrupt()), ["--json"])
+    assert done.exit_code == 130
+    assert json.loads(done.stdout)["errors"][0]["code"] == "cancelled"
+    done = CliRunner().invoke(command(KeyboardInterrupt()))
+    assert (done.exit_code, done.stderr) == (130, "error [cancelled]: stopped by Ctrl-C\n")
 
 
 def test_without_json_a_bug_tells_its_whole_story() -> None:

@@ -367,7 +367,7 @@ VALUES = st.recursive(
 PARAMS = st.dictionaries(st.text(min_size=1, max_size=8), VALUES, max_size=3)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     name=NAMES,
     parties=st.lists(NAMES, min_size=1, max_size=4, unique=True),

@@ -782,7 +782,7 @@ PLACES = st.sampled_from(
 )
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(junk=st.lists(st.tuples(PLACES, JUNK), min_size=1, max_size=3))
 def test_junk_anywhere_gives_a_pipeline_or_faults(
     valid: Callable[[], dict[str, Any]], faults_of: FaultsOf, junk: list[tuple[tuple[str, ...], Any]]

@@ -303,14 +303,14 @@ def test_faults_of_a_set_value_name_the_command_line(write: Write, valid_text: s
     }
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(overrides=st.lists(st.text(alphabet="tasks.une=01[]{}:'\"!&* -", max_size=25) | st.text(), max_size=3))
 def test_no_override_makes_the_loader_fail(valid_text: str, overrides: list[str]) -> None:
     source = load_text(valid_text, overrides)
     assert isinstance(source.data, dict)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     text=st.text(alphabet=st.characters(exclude_categories=["Cs"]))
     | st.text(alphabet="version: 1\nname{}[],tasks\n  ${}&*!-'\"")

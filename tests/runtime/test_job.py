@@ -15,6 +15,7 @@ from fate_llm.core.errors import ConfigurationError, DataError, JobCancelled, Po
 from fate_llm.pipelines import check, load_pipeline
 from fate_llm.runtime.events import Event
 from fate_llm.runtime.job import JobResult, Submission, job_name
+from fate_llm.runtime.local import LocalJob
 from fate_llm.runtime.submit import prepare, submit_pipeline
 from tests.runtime.conftest import MakeJob
 from tests.runtime.toys import Breaker, toy_pipeline
@@ -196,6 +197,20 @@ class TestCancel:
         assert result.error is not None
         assert result.error.exit_code == 130
         assert set(result.outputs["a"]) == {"words"}, "what was finished stays"
+
+    def test_a_second_ctrl_c_waits_for_nobody_and_is_noted(
+        self, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupted(self: LocalJob) -> None:
+            original(self)
+            raise KeyboardInterrupt
+
+        original = LocalJob.run
+        monkeypatch.setattr(LocalJob, "run", interrupted)
+        job = make_job(toy_pipeline())
+        with pytest.raises(KeyboardInterrupt):
+            job.run()
+        assert json.loads((job.folder.path / "manifest.json").read_text())["status"] == "cancelled"
 
 
 def test_an_experiment_runs_here_and_nowhere_else(tmp_path: Path) -> None:

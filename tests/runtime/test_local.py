@@ -168,6 +168,21 @@ class TestCancel:
         assert outcome.error is not None
         assert "Ctrl-C" in outcome.error.message
 
+    def test_also_while_the_parties_are_being_started(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import threading
+
+        original = threading.Thread.start
+
+        def interrupted(self: threading.Thread) -> None:
+            if self.name == "party-c":
+                raise KeyboardInterrupt
+            original(self)
+
+        monkeypatch.setattr(threading.Thread, "start", interrupted)
+        outcome = make(toy_pipeline(wait={"component": "waiter"}), tmp_path).run()
+        assert outcome.status == "cancelled"
+        assert outcome.outputs["c"] == {}
+
 
 def test_a_message_that_is_lost_ends_the_job_with_its_name(tmp_path: Path) -> None:
     data = toy_pipeline()
