@@ -304,6 +304,11 @@ class _Contributor:
         }
         ctx.output("metrics").write_text(json.dumps(metrics, indent=2) + "\n")
 
+    def _base_ref(self) -> ModelRef:
+        """The base model as others find it from anywhere on this machine."""
+        ref = self.params.model
+        return ref if ref.path is None else ModelRef(path=str(self.ctx.resolve(ref.path)))
+
     def _write(self, folder: Path, state: Arrays, number: int) -> None:
         """A PEFT folder (or a whole model's folder) that appears under its name only when it is complete."""
         current = self.trainable.read()
@@ -313,7 +318,7 @@ class _Contributor:
         save_model(self.model, partial_folder, self.tokenizer)
         write_about(
             partial_folder,
-            base=self.params.model,
+            base=self._base_ref(),
             base_path=str(self.base.name_or_path),
             settings=self.params.peft,
             extra={"task": self.ctx.task, "round": number, "contributors": list(self.ctx.cohort.contributors)},

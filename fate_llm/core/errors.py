@@ -7,16 +7,19 @@
     |   |-- DataError                  a data file or record is wrong
     |   |-- ModelError                 a model cannot be found, read or adapted
     |   `-- MissingExtra               a layer of the installation is missing
-    |-- PolicyError            (3)     not allowed here: an experiment outside the local runtime, a floor not
-    met |-- FederationError        (4)     something between the parties |   |-- PeerViolation              a
-    party said what the protocol does not allow |   |   |-- BadEnvelope            bytes that are not a
-    message |   |   `-- ConflictingDuplicate   the same sequence number with other content |   |-- MessageLost
-    a gap in a party's sequence that never closed |   |-- PeerFailed                 another party ended with
-    an error |   |-- RoundTimeout               a wait ran out |   |-- QuorumLost                 fewer
-    parties than the quorum |   `-- TransportClosed            the transport is no longer there |--
-    ProtectionError        (5)     an update cannot be protected as asked (not finite, overflow, plaintext
-    needed) |-- JobCancelled           (130)   a person or a party stopped the job `-- InternalError (70)
-    our own bug: an invariant does not hold
+    |-- PolicyError            (3)     not allowed here: an experiment outside the local runtime, a floor not met
+    |-- FederationError        (4)     something between the parties
+    |   |-- PeerViolation              a party said what the protocol does not allow
+    |   |   |-- BadEnvelope            bytes that are not a message
+    |   |   `-- ConflictingDuplicate   the same sequence number with other content
+    |   |-- MessageLost                a gap in a party's sequence that never closed
+    |   |-- PeerFailed                 another party ended with an error
+    |   |-- RoundTimeout               a wait ran out
+    |   |-- QuorumLost                 fewer parties than the quorum
+    |   `-- TransportClosed            the transport is no longer there
+    |-- ProtectionError        (5)     an update cannot be protected as asked (not finite, overflow, plaintext needed)
+    |-- JobCancelled           (130)   a person or a party stopped the job
+    `-- InternalError          (70)    our own bug: an invariant does not hold
 
 Codes are stable: they are never renamed nor reused, and `docs/reference/errors.md` has a heading for each.
 """
@@ -61,7 +64,7 @@ class FateError(Exception):
 
     code: ClassVar[str] = "error"
     exit_code: ClassVar[int] = 1
-    default_hint: ClassVar[str] = "See the message; run again with --verbose for the whole story."
+    default_hint: ClassVar[str] = "The message says what happened; the party's log in the job folder has the story."
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)

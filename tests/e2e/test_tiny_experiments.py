@@ -94,6 +94,8 @@ class TestPrediction:
     def test_a_trained_job_becomes_a_prediction_pipeline(
         self, pipeline: dict[str, Any], write_pipeline: Write, tmp_path: Path
     ) -> None:
+        given = pipeline["tasks"]["tune"]["params"]["model"]
+        given["path"] = os.path.relpath(given["path"], tmp_path)  # to be found from the new pipeline's folder too
         done = run_cli("submit", str(write_pipeline(pipeline)), "--workdir", str(tmp_path / "jobs"))
         target = tmp_path / "elsewhere" / "predict.yaml"
         target.parent.mkdir()

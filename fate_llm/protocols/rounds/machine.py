@@ -3,8 +3,8 @@
     coordinator                                        contributor
     STARTING --hello from all or time over--> OPEN     JOINING --state--> TRAINING
     OPEN --all terms or time over--> SUMMED            TRAINING --own term--> WAITING
-    SUMMED --publish--> OPEN (next) or FINISHED        WAITING --state of this round or later--> TRAINING or
-    FINISHED any --quorum lost, first state missing--> FAILED
+    SUMMED --publish--> OPEN (next) or FINISHED        WAITING --state of this round or later--> TRAINING or FINISHED
+    any --quorum lost, first state missing--> FAILED
 
 Rules:
 1. Events in, actions out. No clock, no thread, no randomness: time comes with the event.
