@@ -46,7 +46,9 @@ compare: install  ## the full table: base, local-only, federated, pooled
 
 test: lint types unit slow  ## everything that CI runs
 
-fast: lint unit  ## the fast tier: no real model
+fast: lint  ## the fast tier: no real model, no coverage
+	@echo "== tests without a real model"
+	@$(BIN)/python -m pytest -m 'not slow'
 
 lint: $(VENV)/.dev
 	@echo "== ruff"
