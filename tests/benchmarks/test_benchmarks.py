@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,4 @@ def test_kept_results_name_their_machine_and_no_folder_of_it(name: str) -> None:
     result = json.loads(text)
     assert result["benchmark"] == name
     assert all(ratio["holds"] for ratio in result["ratios"])
-    assert "/home/" not in text
-    assert "/root/" not in text
-    assert "/tmp/" not in text
+    assert not re.search(r"""["'= ]/\w+/""", text), "a result names no path of the machine it was measured on"
