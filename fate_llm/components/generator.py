@@ -56,7 +56,8 @@ class Generator:
         require_training_extra()
         params: Generator.Params = ctx.params
         model, data = ctx.inputs["model"], ctx.inputs["data"]
-        assert isinstance(model, Artifact) and isinstance(data, Artifact)
+        assert isinstance(model, Artifact)
+        assert isinstance(data, Artifact)
         ref = ModelRef(**read_about(model.path)["base"])
         with Turns(ctx, ctx.seed(ctx.task, ctx.party)).take():
             tokenizer = load_tokenizer(ctx, ref)
@@ -75,7 +76,9 @@ class Generator:
             )
         folder = ctx.output("answers")
         folder.mkdir()
-        lines = [json.dumps({"id": r.id, "answer": a}, ensure_ascii=False) for r, a in zip(records, answers, strict=True)]
+        lines = [
+            json.dumps({"id": r.id, "answer": a}, ensure_ascii=False) for r, a in zip(records, answers, strict=True)
+        ]
         (folder / "answers.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         ctx.emit("answered", records=len(lines))
 

@@ -98,7 +98,8 @@ class HomoLlmTrainer:
         )
         max_length: int = Field(512, ge=8, description="Longest record in tokens; the prompt is cut from the left.")
         template: Literal["auto", "chat", "alpaca", "plain"] = Field(
-            "auto", description="How a record becomes text; auto: what the reader noted, or the tokenizer's chat template."
+            "auto",
+            description="How a record becomes text; auto: what the reader noted, or the tokenizer's chat template.",
         )
         train_on: Literal["all", "last"] = Field("all", description="Which assistant turns carry loss.")
         weighting: Literal["tokens", "samples", "uniform"] = Field(
@@ -108,9 +109,7 @@ class HomoLlmTrainer:
             "fedavg", description="How updates become one.", json_schema_extra={"plugin": "aggregator"}
         )
         aggregator_params: dict[str, Any] = Field(default_factory=dict, description="The aggregator's parameters.")
-        protection: str = Field(
-            "plain", description="How updates are summed.", json_schema_extra={"plugin": "sum"}
-        )
+        protection: str = Field("plain", description="How updates are summed.", json_schema_extra={"plugin": "sum"})
         hooks: tuple[HookRef, ...] = Field((), description="Update hooks; they run by their stage.")
         evaluate_every: int = Field(1, ge=0, description="Rounds between evaluations on `test`; 0: never.")
         select: Literal["last", "best"] = Field(

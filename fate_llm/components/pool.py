@@ -37,9 +37,7 @@ class PoolParams(Frozen):
     """How much may travel."""
 
     chunk_mib: int = Field(default=4, ge=1, le=64, description="Largest piece that is sent at once, in MiB.")
-    max_mib: int = Field(
-        default=1024, ge=1, description="A party with more data than this is refused, in MiB."
-    )
+    max_mib: int = Field(default=1024, ge=1, description="A party with more data than this is refused, in MiB.")
 
 
 class Pool:
@@ -66,7 +64,9 @@ class Pool:
         hosts = [party for party in view.cohort.contributors if party != guest]
         traffic = tuple(Traffic(host, guest, "records", 1, None) for host in hosts)
         return Estimate(
-            traffic=traffic, memory_bytes=PLAIN_PROCESS, notes=("bytes are the size of each host's records, known when it has them",)
+            traffic=traffic,
+            memory_bytes=PLAIN_PROCESS,
+            notes=("bytes are the size of each host's records, known when it has them",),
         )
 
     def guest(self, ctx: Context) -> None:

@@ -45,9 +45,7 @@ class ReaderParams(Frozen):
         default="auto",
         description="How records are shown to the model; `auto` is the model's chat template if it has one.",
     )
-    split: str = Field(
-        default="train", min_length=1, description="Which split of a data set folder or hub data set."
-    )
+    split: str = Field(default="train", min_length=1, description="Which split of a data set folder or hub data set.")
     answers: Literal["required", "optional"] = Field(
         default="required",
         description="`optional`: rows may lack the answer, as they do where answers are to be generated.",
@@ -115,7 +113,9 @@ class Reader:
         return None
 
     def estimate(self, view: PlanView) -> Estimate:
-        return Estimate(memory_bytes=PLAIN_PROCESS, notes=("reads as a stream: about 8 bytes of memory a row; sends nothing",))
+        return Estimate(
+            memory_bytes=PLAIN_PROCESS, notes=("reads as a stream: about 8 bytes of memory a row; sends nothing",)
+        )
 
     def guest(self, ctx: Context) -> None:
         _read(ctx)
@@ -228,9 +228,7 @@ def _markdown(report: dict[str, Any], source: str) -> str:
     lines += ["| length of | unit | min | mean | max | sum |", "|---|---|---|---|---|---|"]
     for unit, parts in report["statistics"].items():
         for part, span in parts.items():
-            lines.append(
-                f"| {part} | {unit} | {span['min']} | {span['mean']} | {span['max']} | {span['sum']} |"
-            )
+            lines.append(f"| {part} | {unit} | {span['min']} | {span['mean']} | {span['max']} | {span['sum']} |")
     if report["categories"]:
         lines += ["", "| category | rows |", "|---|---|"]
         lines += [f"| {name} | {count} |" for name, count in report["categories"].items()]

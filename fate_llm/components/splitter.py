@@ -38,9 +38,7 @@ class PartitionParams(Frozen):
         le=1e6,
         description="Only `dirichlet`: small is very uneven, large is nearly iid.",
     )
-    seed: int = Field(
-        default=0, ge=0, description="Another number gives another partition of the same job seed."
-    )
+    seed: int = Field(default=0, ge=0, description="Another number gives another partition of the same job seed.")
 
     @model_validator(mode="after")
     def _alpha_where_it_belongs(self) -> PartitionParams:
@@ -55,9 +53,7 @@ class SplitterParams(Frozen):
     train: float | None = Field(
         default=None, gt=0, le=1, description="Share for training; None takes what validation and test leave."
     )
-    validation: float = Field(
-        default=0.0, ge=0, lt=1, description="Share for validation; 0 makes no such part."
-    )
+    validation: float = Field(default=0.0, ge=0, lt=1, description="Share for validation; 0 makes no such part.")
     test: float = Field(default=0.2, ge=0, lt=1, description="Share for testing; 0 makes no such part.")
     stratify: Literal["category"] | None = Field(
         default=None, description="`category` gives every part the same mix of categories."
@@ -72,9 +68,7 @@ class SplitterParams(Frozen):
     def _shares_fit(self) -> SplitterParams:
         total = (self.train or 0.0) + self.validation + self.test
         if total > 1 + EPSILON or (self.train is None and total > 1 - EPSILON):
-            raise ValueError(
-                f"the shares add up to {total:g}; train needs something and all together at most 1"
-            )
+            raise ValueError(f"the shares add up to {total:g}; train needs something and all together at most 1")
         return self
 
     def shares(self) -> dict[str, float]:
@@ -326,9 +320,7 @@ def _part_counts(parts: Mapping[str, Sequence[int]], categories: Sequence[str | 
 
 def _uneven(parts: Mapping[str, Sequence[int]], categories: Sequence[str | None]) -> list[str]:
     """Categories that are too small to be in every part."""
-    present = [
-        {str(categories[row]) for row in rows if categories[row] is not None} for rows in parts.values()
-    ]
+    present = [{str(categories[row]) for row in rows if categories[row] is not None} for rows in parts.values()]
     filled = [some for some, rows in zip(present, parts.values(), strict=True) if rows]
     return sorted({name for some in filled for name in some if not all(name in other for other in filled)})
 

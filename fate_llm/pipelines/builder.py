@@ -144,9 +144,7 @@ class Pipeline:
         if not is_name(name):
             raise ConfigurationError(f"{name!r} is not a valid id", hint=f"It has to match {NAME_PATTERN}")
         if name in tasks:
-            raise ConfigurationError(
-                f"there is a task {name!r} already", hint="Every task has a name of its own."
-            )
+            raise ConfigurationError(f"there is a task {name!r} already", hint="Every task has a name of its own.")
         twice = sorted(more.keys() & (params or {}).keys())
         if twice:
             raise ConfigurationError(f"{name}: given twice, in params and as an argument: {', '.join(twice)}")
@@ -190,9 +188,7 @@ class Pipeline:
     def _mapping(self, key: str) -> dict[str, Any]:
         """`tasks` or `overrides`, there from now on."""
         if not isinstance(self._data.setdefault(key, {}), dict):
-            raise ConfigurationError(
-                f"{key} of this pipeline is no mapping", hint="`validate()` lists all faults."
-            )
+            raise ConfigurationError(f"{key} of this pipeline is no mapping", hint="`validate()` lists all faults.")
         found: dict[str, Any] = self._data[key]
         return found
 
@@ -279,11 +275,7 @@ class Pipeline:
     def __repr__(self) -> str:
         tasks = ", ".join(f"{name} [{component}]" for name, component, _, _ in self._rows())
         parties = self._data.get("parties")
-        who = (
-            ", ".join(f"{role}={party!r}" for role, party in parties.items())
-            if isinstance(parties, dict)
-            else ""
-        )
+        who = ", ".join(f"{role}={party!r}" for role, party in parties.items()) if isinstance(parties, dict) else ""
         return f"Pipeline({self.name!r}, {who}; tasks: {tasks or 'none yet'})"
 
     def _repr_html_(self) -> str:
@@ -321,12 +313,8 @@ def _plain(value: Any, place: str) -> Any:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise ConfigurationError(
-                    f"{place or 'pipeline'}: the key {key!r} is not text", hint="Keys are text."
-                )
-        return {
-            str(key): _plain(item, f"{place}.{key}" if place else str(key)) for key, item in value.items()
-        }
+                raise ConfigurationError(f"{place or 'pipeline'}: the key {key!r} is not text", hint="Keys are text.")
+        return {str(key): _plain(item, f"{place}.{key}" if place else str(key)) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item, f"{place}[{index}]") for index, item in enumerate(value)]
     raise ConfigurationError(

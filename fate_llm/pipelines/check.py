@@ -31,9 +31,7 @@ def check(raw: Any, marks: Marks | None = None, *, earlier: Iterable[Fault] = ()
     earlier = tuple(earlier)
     spec: PipelineSpec | None = None
     if not isinstance(raw, Mapping):
-        faults.add(
-            "not_a_pipeline", (), "the pipeline is no mapping of keys to values", "start with `version: 1`"
-        )
+        faults.add("not_a_pipeline", (), "the pipeline is no mapping of keys to values", "start with `version: 1`")
     elif raw or not earlier:
         spec = _examine(raw, faults)
     if faults.found or earlier or spec is None:
@@ -107,9 +105,7 @@ def _check_participants(draft: Draft) -> None:
 
 
 def _unknown_party(draft: Draft, path: Path, party: str) -> None:
-    draft.faults.add(
-        "unknown_party", path, f"no party is called {party!r}", nearest(party, draft.spec.members)
-    )
+    draft.faults.add("unknown_party", path, f"no party is called {party!r}", nearest(party, draft.spec.members))
 
 
 def _check_overrides(draft: Draft) -> None:

@@ -113,9 +113,7 @@ def parse(text: str, file: str | None) -> Source:
         source.faults.append(_fault("yaml_syntax", file, line + 1, message, hint))
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        source.faults.append(
-            _fault("yaml_syntax", file, line, f"a character YAML does not allow: {error.reason}")
-        )
+        source.faults.append(_fault("yaml_syntax", file, line, f"a character YAML does not allow: {error.reason}"))
     except (RecursionError, ValueError, IndexError) as error:
         # PyYAML recurses for nesting, and lets int() and chr() speak for odd escapes and directives.
         what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
@@ -130,9 +128,7 @@ _QUOTES = "within { } or [ ], text with ${NAME} needs quotes"
 _SHORTER = "a pipeline is short; data belongs in a file that a task reads"
 
 
-def _fault(
-    code: str, file: str | None, line: int | None, message: str, hint: str = "", path: str = ""
-) -> Fault:
+def _fault(code: str, file: str | None, line: int | None, message: str, hint: str = "", path: str = "") -> Fault:
     return Fault(code, file, line, path, message, hint)
 
 
@@ -163,11 +159,7 @@ class _Reader:
     def _value(self, node: yaml.Node, path: Path) -> Any:
         self.values += 1
         if self.values > MAX_VALUES or len(path) > MAX_DEPTH:
-            what = (
-                f"more than {MAX_VALUES} values"
-                if self.values > MAX_VALUES
-                else f"deeper than {MAX_DEPTH} levels"
-            )
+            what = f"more than {MAX_VALUES} values" if self.values > MAX_VALUES else f"deeper than {MAX_DEPTH} levels"
             self._note("file_too_large", node, (), f"{what}, aliases expanded", _SHORTER)
             raise _TooMuch
         kind = node.tag.removeprefix(_TAG)
@@ -177,9 +169,7 @@ class _Reader:
             return self._sequence(node, path)
         if isinstance(node, yaml.ScalarNode) and kind in {"str", "null", "bool", "int", "float", "merge"}:
             return self._scalar(node, kind, path)
-        self._note(
-            "yaml_tag", node, path, f"the tag {node.tag!r}", "tags are not allowed; write the plain value"
-        )
+        self._note("yaml_tag", node, path, f"the tag {node.tag!r}", "tags are not allowed; write the plain value")
         return None
 
     def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
@@ -191,9 +181,7 @@ class _Reader:
             here = (*path, key)
             if key in found:
                 first = self.source.marks[here].line
-                self._note(
-                    "duplicate_key", key_node, here, f"given again, first in line {first}", "keep one of them"
-                )
+                self._note("duplicate_key", key_node, here, f"given again, first in line {first}", "keep one of them")
                 continue
             self.source.marks[here] = self._mark(key_node)
             found[key] = self._value(value_node, here)

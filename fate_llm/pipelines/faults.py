@@ -60,9 +60,7 @@ CODES: dict[str, str] = {
 }
 """Every code a pipeline's fault can have; codes are never renamed nor reused."""
 
-NAME_HINT = (
-    "lower case letters, digits, `_`, `-`, `.`; starts and ends with a letter or digit; at most 64 characters"
-)
+NAME_HINT = "lower case letters, digits, `_`, `-`, `.`; starts and ends with a letter or digit; at most 64 characters"
 
 
 @dataclass(slots=True)
@@ -86,9 +84,7 @@ class Faults:
     def merge(self, others: Iterable[Fault]) -> tuple[Fault, ...]:
         """All faults, by file and line; those of the command line and without a line come last."""
         unique = dict.fromkeys((*others, *self.found))
-        return tuple(
-            sorted(unique, key=lambda f: (f.file is None, f.file or "", f.line is None, f.line or 0))
-        )
+        return tuple(sorted(unique, key=lambda f: (f.file is None, f.file or "", f.line is None, f.line or 0)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,9 +155,7 @@ def _translate(detail: ErrorDetails, path: Path, model: type[BaseModel]) -> Foun
     key = detail["loc"][-1:] == ("[key]",)
     if kind == "extra_forbidden":
         known = field_names(model, path[:-1])
-        return Found(
-            "unknown_key", path, f"unknown key {last!r}", nearest(str(last), known) or "no keys here", kind
-        )
+        return Found("unknown_key", path, f"unknown key {last!r}", nearest(str(last), known) or "no keys here", kind)
     if kind == "missing":
         return Found("missing_key", path, f"{last!r} is required and not there", f"add `{last}: ...`", kind)
     pattern = str(detail.get("ctx", {}).get("pattern", ""))
@@ -224,9 +218,7 @@ def _inside(kind: Any, step: str | int) -> list[Any]:
     for leaf in leaves(kind):
         arguments = typing.get_args(leaf)
         if isinstance(leaf, type) and issubclass(leaf, BaseModel):
-            found += [
-                info.annotation for name, info in leaf.model_fields.items() if step in {name, info.alias}
-            ]
+            found += [info.annotation for name, info in leaf.model_fields.items() if step in {name, info.alias}]
         elif isinstance(step, int):
             found += arguments[:1]
         else:

@@ -13,9 +13,7 @@ __all__ = ["circles", "order", "waits_for"]
 
 def waits_for(spec: PipelineSpec) -> dict[str, tuple[str, ...]]:
     """Tasks that each task reads from at any party, in file order."""
-    given: dict[str, list[InputValue]] = {
-        name: list(task.inputs.values()) for name, task in spec.tasks.items()
-    }
+    given: dict[str, list[InputValue]] = {name: list(task.inputs.values()) for name, task in spec.tasks.items()}
     for tasks in spec.overrides.values():
         for name, override in tasks.items():
             if name in given:
@@ -66,8 +64,4 @@ def circles(edges: Mapping[str, tuple[str, ...]]) -> list[tuple[str, ...]]:
             return sorted(found, key=lambda ring: position[ring[0]])
         start = min(range(len(ring)), key=lambda index: position[ring[index]])
         found.append(tuple(ring[start:] + ring[:start]))
-        left = {
-            name: tuple(t for t in before if t not in ring)
-            for name, before in left.items()
-            if name not in ring
-        }
+        left = {name: tuple(t for t in before if t not in ring) for name, before in left.items() if name not in ring}

@@ -78,9 +78,7 @@ class _Files:
                 what = "nothing" if source.data is None else "no mapping of keys to values"
                 mark = source.marks.get((), Mark(None, None))
                 hint = "a pipeline starts with `version: 1` and `name: ...`"
-                source.faults.append(
-                    Fault("not_a_pipeline", mark.file, mark.line, "", f"the file holds {what}", hint)
-                )
+                source.faults.append(Fault("not_a_pipeline", mark.file, mark.line, "", f"the file holds {what}", hint))
             source.data = {}
             return source
         allowed = source.data.get("env")
@@ -108,9 +106,7 @@ class _Files:
                 _merge(result, self.read(folder / name, mentioned=(mark, place)))
         # What is merged needs no include any more; what is no file name stays for the checks to report.
         source.data = (
-            {**source.data, "include": good}
-            if good
-            else {k: source.data[k] for k in source.data if k != "include"}
+            {**source.data, "include": good} if good else {k: source.data[k] for k in source.data if k != "include"}
         )
         _merge(result, source)
         return result
@@ -178,14 +174,9 @@ class _Environment:
             return "${"
         name = found[1]
         if name is None:
-            self._note(
-                "env_syntax", path, "`${` without `}`", "write `$${` for the two characters themselves"
-            )
+            self._note("env_syntax", path, "`${` without `}`", "write `$${` for the two characters themselves")
         elif name not in self.allowed:
-            hint = (
-                nearest(name, self.allowed)
-                or "list it under `env`; write `$${` for the characters themselves"
-            )
+            hint = nearest(name, self.allowed) or "list it under `env`; write `$${` for the characters themselves"
             self._note("env_not_listed", path, f"${{{name}}} is not in the file's `env` list", hint)
         elif name not in self.environ:
             self._note("env_unset", path, f"the environment has no {name}", f"export {name}=...")
@@ -203,9 +194,7 @@ def apply_sets(source: Source, sets: Sequence[str]) -> Source:
     for text in sets:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            _refuse(
-                source, key.strip(), f"{text!r} is not key=value", "for example: tasks.tune.params.rounds=2"
-            )
+            _refuse(source, key.strip(), f"{text!r} is not key=value", "for example: tasks.tune.params.rounds=2")
             continue
         read = parse(value, COMMAND_LINE)
         for fault in read.faults:
@@ -247,9 +236,7 @@ def _set(source: Source, key: str, value: Any) -> None:
             return
         where, path = below, here
     if isinstance(where, list) and not has_step(where, step):
-        _refuse(
-            source, key, f"{dotted(path)!r} has {len(where)} items, none is {step!r}", "positions start at 0"
-        )
+        _refuse(source, key, f"{dotted(path)!r} has {len(where)} items, none is {step!r}", "positions start at 0")
     elif path == ("tasks",) and step not in where:
         _refuse(source, key, f"there is no task {step!r}", nearest(str(step), where))
     else:

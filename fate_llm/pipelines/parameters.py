@@ -174,11 +174,7 @@ class _Task:
                     "aggregator",
                     "sum",
                 ) and rule.holder == protection.holder
-                if (
-                    pair
-                    and self._load(rule, view).needs_plaintext
-                    and self._load(protection, view).hides_terms
-                ):
+                if pair and self._load(rule, view).needs_plaintext and self._load(protection, view).hides_terms:
                     message = f"{rule.name!r} needs every party's update, and {protection.name!r} hides them"
                     hint = "another aggregator, or a protection that shows updates if every party agrees"
                     self._place_fault("aggregator_needs_plaintext", rule.path, message, hint, [view.party])

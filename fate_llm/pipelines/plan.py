@@ -119,9 +119,7 @@ def make_plan(spec: PipelineSpec, *, base: Path = Path()) -> Plan:
     """The plan of a checked pipeline. base: the folder that its relative paths start from."""
     maker = _Maker(spec, base)
     tasks = tuple(maker.task(name) for name in order(spec))
-    return Plan(
-        spec.name, spec.experiment, tasks, tuple(_totals(spec, party, tasks) for party in spec.members)
-    )
+    return Plan(spec.name, spec.experiment, tasks, tuple(_totals(spec, party, tasks) for party in spec.members))
 
 
 class _Maker:
@@ -159,9 +157,7 @@ class _Maker:
 
     def _inputs(self, party: str, task: str) -> dict[str, tuple[str, ...]]:
         ports, roles = self.components[task].inputs, self.spec.roles_at(party, task)
-        given = {
-            port: v for port, v in self.spec.inputs_for(party, task).items() if ports[port].roles & set(roles)
-        }
+        given = {port: v for port, v in self.spec.inputs_for(party, task).items() if ports[port].roles & set(roles)}
         return {port: tuple(_shown(source) for source in sources_of(value)) for port, value in given.items()}
 
     def _makers(self, party: str, task: str, port: str, key: str) -> Iterator[tuple[str, tuple[str, Any]]]:
@@ -241,8 +237,7 @@ def _render_task(task: TaskPlan) -> Iterator[str]:
         yield f"   {party} as {', '.join(roles)}{': ' + inputs if inputs else ''}"
     if task.estimate.traffic:
         rows: list[tuple[str, ...]] = [
-            (f"{t.sender} -> {t.receiver}", t.what, f"{t.times} x {_size(t.bytes_each)}")
-            for t in task.estimate.traffic
+            (f"{t.sender} -> {t.receiver}", t.what, f"{t.times} x {_size(t.bytes_each)}") for t in task.estimate.traffic
         ]
         yield from ("   " + line for line in _table(rows))
     else:

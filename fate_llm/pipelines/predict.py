@@ -49,9 +49,7 @@ def derive_prediction(
         raise PipelineInvalid(derivation.faults)
     if not derivation.tasks:
         hint = "a `stage: predict` keeps a task whatever its component says"
-        raise PipelineInvalid(
-            [_fault("nothing_to_predict", "tasks", "every task belongs to training only", hint)]
-        )
+        raise PipelineInvalid([_fault("nothing_to_predict", "tasks", "every task belongs to training only", hint)])
     data = spec.to_data()
     data["name"] = name or f"{spec.name[:56].rstrip('_.-')}-predict"
     data["tasks"] = {task: derivation.tasks[task] for task in spec.tasks if task in derivation.tasks}
@@ -87,9 +85,7 @@ class _Derivation:
             self.passed[task] = rule.source
         elif isinstance(rule, Drop):
             stage = self.spec.tasks[task].stage
-            self.dropped[task] = (
-                "stage: train" if stage == "train" else f"{self._component_name(task)} is for training"
-            )
+            self.dropped[task] = "stage: train" if stage == "train" else f"{self._component_name(task)} is for training"
         elif isinstance(rule, Replace):
             self._replace(task, rule)
         else:
@@ -115,9 +111,7 @@ class _Derivation:
         for new, old in ports.items():
             inputs[new] = {p: self._resolved(p, task, old) for p in self._reading(component, task, new)}
         lost = [
-            ports[new]
-            for new, found in inputs.items()
-            if component.inputs[new].required and not all(found.values())
+            ports[new] for new, found in inputs.items() if component.inputs[new].required and not all(found.values())
         ]
         if lost:
             self.dropped[task] = f"its input {lost[0]!r} comes from training only"

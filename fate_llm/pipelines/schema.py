@@ -93,9 +93,7 @@ class Parties(Strict):
     """Who takes part, by role. One organisation may hold several roles."""
 
     guest: Name = Field(description="Starts the job and owns data, often the labels.")
-    hosts: Listed[Name] = Field(
-        (), description="Contribute data; sums are added in this order, after the guest."
-    )
+    hosts: Listed[Name] = Field((), description="Contribute data; sums are added in this order, after the guest.")
     arbiter: Name | None = Field(None, description="Coordinates and aggregates. Without one the guest does.")
     key_holder: Name | None = Field(None, description="Holds the key of homomorphic aggregation.")
 
@@ -140,9 +138,7 @@ _One = Annotated[
     Annotated[ReferenceText, Tag(_REFERENCE)] | Annotated[Folder, Tag(_FOLDER)], Discriminator(_form_of_one)
 ]
 InputValue = Annotated[
-    Annotated[ReferenceText, Tag(_REFERENCE)]
-    | Annotated[Folder, Tag(_FOLDER)]
-    | Annotated[Listed[_One], Tag(_LIST)],
+    Annotated[ReferenceText, Tag(_REFERENCE)] | Annotated[Folder, Tag(_FOLDER)] | Annotated[Listed[_One], Tag(_LIST)],
     Discriminator(_form),
 ]
 """`task.output`, `{path: folder}`, or a list of them for a port that takes many."""
@@ -151,17 +147,13 @@ InputValue = Annotated[
 class TaskSpec(Strict):
     """One task: an instance of a component."""
 
-    component: str = Field(
-        min_length=1, description="What the task does; `fate_llm components list` has the names."
-    )
+    component: str = Field(min_length=1, description="What the task does; `fate_llm components list` has the names.")
     inputs: dict[str, InputValue] = Field(default_factory=dict, description="Where each input comes from.")
     params: dict[str, Any] = Field(default_factory=dict, description="Settings of the component.")
     roles: Listed[Annotated[Role, Field(strict=False)]] | None = Field(
         None, description="Only these roles take part; all that the component has, when not given."
     )
-    parties: Listed[Name] | None = Field(
-        None, description="Only these parties take part; all, when not given."
-    )
+    parties: Listed[Name] | None = Field(None, description="Only these parties take part; all, when not given.")
     stage: Literal["train", "predict"] | None = Field(
         None,
         description="In a prediction pipeline: `train` leaves the task out, `predict` keeps it as it is; "
@@ -173,9 +165,7 @@ class TaskOverride(Strict):
     """What differs at one party: params are merged deeply, an input replaces the task's."""
 
     params: dict[str, Any] = Field(default_factory=dict, description="Merged over the task's params.")
-    inputs: dict[str, InputValue] = Field(
-        default_factory=dict, description="Replace the task's inputs, by port."
-    )
+    inputs: dict[str, InputValue] = Field(default_factory=dict, description="Replace the task's inputs, by port.")
 
 
 class JobSettings(Strict):
@@ -183,18 +173,14 @@ class JobSettings(Strict):
 
     seed: int = Field(0, ge=0, lt=2**63, description="Decides data order and splits; never keys or noise.")
     round_deadline: Duration = Field(600.0, description="How long a round waits: seconds, or 30s, 10m, 2h.")
-    quorum: int | None = Field(
-        None, ge=1, description="Least number of contributors in a round; all by default."
-    )
+    quorum: int | None = Field(None, ge=1, description="Least number of contributors in a round; all by default.")
     retries: int = Field(0, ge=0, le=100, description="How often a task that failed is started again.")
 
 
 class PipelineSpec(Strict):
     """A pipeline: parties, tasks and what differs between the parties."""
 
-    version: Annotated[Literal[1], BeforeValidator(_whole_number)] = Field(
-        description="Version of the language."
-    )
+    version: Annotated[Literal[1], BeforeValidator(_whole_number)] = Field(description="Version of the language.")
     name: Name = Field(description="Name of the pipeline; job ids start with it.")
     description: str = Field("", description="For people.")
     parties: Parties = Field(description="Who takes part.")

@@ -25,9 +25,7 @@ def check_wiring(draft: Draft) -> None:
             _check_port(draft, task, name, port)
     for ring in circles(waits_for(draft.spec)):
         shown = " -> ".join((*ring, ring[0]))
-        draft.faults.add(
-            "cycle", ("tasks", ring[0], "inputs"), f"tasks wait for each other: {shown}", "cut one input"
-        )
+        draft.faults.add("cycle", ("tasks", ring[0], "inputs"), f"tasks wait for each other: {shown}", "cut one input")
 
 
 def _written_inputs(draft: Draft, task: str) -> Iterable[tuple[Path, dict[str, InputValue]]]:
@@ -46,9 +44,7 @@ def _check_value(draft: Draft, task: str, path: Path, name: str, value: InputVal
         draft.faults.add("input_unexpected", path, what, nearest(name, ports) or "it takes no inputs")
         return
     if isinstance(value, tuple) and not ports[name].many:
-        draft.faults.add(
-            "input_single", path, f"a list, but {name!r} takes one source", "give one `task.output`"
-        )
+        draft.faults.add("input_single", path, f"a list, but {name!r} takes one source", "give one `task.output`")
     for index, source in enumerate(sources_of(value)):
         here = (*path, index) if isinstance(value, tuple) else path
         if isinstance(source, Reference):
@@ -61,9 +57,7 @@ def _check_reference(draft: Draft, path: Path, port: Port, source: Reference) ->
     if source.task not in draft.spec.tasks:
         if not isinstance(written, dict) or source.task not in written:
             known = list(written) if isinstance(written, dict) else []
-            faults.add(
-                "unknown_task", path, f"no task is called {source.task!r}", nearest(source.task, known)
-            )
+            faults.add("unknown_task", path, f"no task is called {source.task!r}", nearest(source.task, known))
         return
     outputs = draft.components[source.task].outputs
     if source.output not in outputs:
@@ -92,18 +86,14 @@ def _check_port(draft: Draft, task: str, name: str, port: Port) -> None:
                 lacking.append(party)
             continue
         path = _place(draft, party, task, name)
-        absent = [
-            str(s) for s in sources_of(value) if isinstance(s, Reference) and not _runs_at(draft, s, party)
-        ]
+        absent = [str(s) for s in sources_of(value) if isinstance(s, Reference) and not _runs_at(draft, s, party)]
         # Of many sources, a party uses those that it has.
         if absent and (not port.many or len(absent) == len(sources_of(value))):
             unproduced.setdefault((path, ", ".join(absent)), []).append(party)
     if lacking:
         where = _at(lacking, needing)
         hint = f"{port.kind.value}: {port.doc} Write `{name}: task.output`."
-        draft.faults.add(
-            "input_missing", ("tasks", task, "inputs"), f"the input {name!r} is required{where}", hint
-        )
+        draft.faults.add("input_missing", ("tasks", task, "inputs"), f"the input {name!r} is required{where}", hint)
     for (path, what), parties in unproduced.items():
         hint = "restrict this task's `parties` or `roles`, or give the input per party in `overrides`"
         draft.faults.add("input_not_produced", path, f"{what} is not produced at {', '.join(parties)}", hint)
@@ -118,15 +108,9 @@ def _check_every_source(draft: Draft, task: str, name: str, needing: list[str]) 
         for index, source in enumerate(sources_of(value)):
             here = (*path, name, index) if isinstance(value, tuple) else (*path, name)
             readers = needing if path[0] == "tasks" else [party for party in needing if party == path[1]]
-            if (
-                readers
-                and isinstance(source, Reference)
-                and not any(_runs_at(draft, source, p) for p in readers)
-            ):
+            if readers and isinstance(source, Reference) and not any(_runs_at(draft, source, p) for p in readers):
                 hint = "no party of this task runs the task that makes it"
-                draft.faults.add(
-                    "input_not_produced", here, f"{source} is not produced at any party here", hint
-                )
+                draft.faults.add("input_not_produced", here, f"{source} is not produced at any party here", hint)
 
 
 def _place(draft: Draft, party: str, task: str, name: str) -> Path:

@@ -159,16 +159,12 @@ class JobChannel:
         """One side of this party ended with `error`: whatever of its other sides waits for it wakes up."""
         code = error.code if isinstance(error, FateError) else "internal"
         with self._changed:
-            self.left.setdefault(
-                self.party, Left(self.party, code, f"failed in task {task}: {error} [{code}]")
-            )
+            self.left.setdefault(self.party, Left(self.party, code, f"failed in task {task}: {error} [{code}]"))
             self._changed.notify_all()
 
     # --- receiving ------------------------------------------------------------------------------------------
 
-    def receive(
-        self, sender: str, *, task: str, kind: str, deadline: float | None, what: str = ""
-    ) -> Envelope:
+    def receive(self, sender: str, *, task: str, kind: str, deadline: float | None, what: str = "") -> Envelope:
         """The next message of this kind from `sender`.
 
         deadline: on this channel's clock; None waits until the sender is gone or the job ends.
@@ -230,9 +226,7 @@ class JobChannel:
             if gap.waiting:
                 later = min(gap.waiting)
                 return MessageLost(f"{text}: message {gap.expected} from {sender} is lost, {later} has come")
-            return RoundTimeout(
-                f"{text} ({self.counters[sender].received_bytes} bytes received from {sender} so far)"
-            )
+            return RoundTimeout(f"{text} ({self.counters[sender].received_bytes} bytes received from {sender} so far)")
 
     # --- ending ---------------------------------------------------------------------------------------------
 
@@ -269,9 +263,7 @@ class JobChannel:
                 return self._break(error)
             # The boundary of a thread: whoever waits must see why nothing comes any more.
             except Exception as error:
-                return self._break(
-                    InternalError(f"the channel stopped reading: {type(error).__name__}: {error}")
-                )
+                return self._break(InternalError(f"the channel stopped reading: {type(error).__name__}: {error}"))
 
     def _break(self, error: FateError) -> None:
         with self._changed:
@@ -314,9 +306,7 @@ class JobChannel:
         if known is not None or number < line.expected:
             self.counters[envelope.sender].duplicates += 1
             if known is not None and known != envelope.fingerprint:
-                raise ConflictingDuplicate(
-                    f"message {number} of {envelope.sender} came twice with other content"
-                )
+                raise ConflictingDuplicate(f"message {number} of {envelope.sender} came twice with other content")
             return
         if number >= line.expected + self._window:
             sender = envelope.sender

@@ -148,9 +148,7 @@ def _entry(
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] != expected_start:
         raise BadEnvelope(f"tensors: {shown!r} does not start at byte {expected_start}")
     if offsets[1] > available or offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
-        raise BadEnvelope(
-            f"tensors: {shown!r} of shape {shape} does not fit its {offsets} of {available} bytes"
-        )
+        raise BadEnvelope(f"tensors: {shown!r} of shape {shape} does not fit its {offsets} of {available} bytes")
     return dtype, tuple(shape), offsets[1]
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +24,17 @@ __all__ = ["FakeChannel", "FakeContext", "make_contexts", "run_parties"]
 
 PATIENCE = 20.0
 
-Mail = dict[tuple[str, str, str], "queue.Queue[Payload]"]
+
+class Mail:
+    """Queues by sender, receiver and name. Both sides may be the first to ask for one, from threads of their own."""
+
+    def __init__(self) -> None:
+        self._queues: dict[tuple[str, str, str], queue.Queue[Payload]] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, key: tuple[str, str, str]) -> queue.Queue[Payload]:
+        with self._lock:
+            return self._queues.setdefault(key, queue.Queue())
 
 
 @dataclass
@@ -140,7 +149,7 @@ def make_contexts(
     """A context for every guest and host (and arbiter, when there is one). inputs: by party, then by port."""
     owners = roster.data_owners
     cohort = Cohort(owners, roster.arbiter or roster.guest, len(owners))
-    mail: Mail = defaultdict(queue.Queue)
+    mail = Mail()
     shared: dict[str, Any] = {}
     contexts = {}
     for party in roster:

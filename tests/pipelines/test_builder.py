@@ -69,9 +69,7 @@ def test_outputs_are_attributes_and_items() -> None:
 
 def test_an_unknown_output_names_the_nearest() -> None:
     data = Pipeline("x", guest="a").task("data", "source", path="x")
-    with pytest.raises(
-        AttributeError, match=r"'data' .source. has no output 'datset': did you mean 'dataset'"
-    ):
+    with pytest.raises(AttributeError, match=r"'data' .source. has no output 'datset': did you mean 'dataset'"):
         _ = data.datset
     with pytest.raises(KeyError, match="did you mean 'dataset'"):
         _ = data["datset"]
@@ -380,9 +378,7 @@ def test_what_is_built_is_read_back_exactly(
     name: str, parties: list[str], tasks: dict[str, Any], description: str, experiment: bool, seed: int
 ) -> None:
     # Given any pipeline that can be built, valid or not
-    p = Pipeline(
-        name, guest=parties[0], hosts=parties[1:], description=description, experiment=experiment, seed=seed
-    )
+    p = Pipeline(name, guest=parties[0], hosts=parties[1:], description=description, experiment=experiment, seed=seed)
     before = None
     for task, params in tasks.items():
         inputs = {"data": before.train} if before is not None else {"data": {"path": task}}

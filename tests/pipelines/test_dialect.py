@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
@@ -135,14 +134,12 @@ def test_an_alias_bomb_stops_early() -> None:
     # Given nine levels of ten aliases each, a thousand million values when expanded
     lines = ["a0: &a0 [x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
-    started = time.perf_counter()
     # When it is read
     source = parse("\n".join(lines), "f.yaml")
     # Then it is refused at the bound
     assert only_fault(source)[0] == "file_too_large"
     assert source.data is None
     assert len(source.marks) <= MAX_VALUES + 1
-    assert time.perf_counter() - started < 5
 
 
 def test_an_alias_within_itself_is_refused() -> None:
@@ -236,11 +233,7 @@ PLAIN = st.recursive(
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    data=st.dictionaries(
-        st.text(alphabet=st.characters(exclude_categories=["Cs"])), PLAIN, min_size=1, max_size=5
-    )
-)
+@given(data=st.dictionaries(st.text(alphabet=st.characters(exclude_categories=["Cs"])), PLAIN, min_size=1, max_size=5))
 def test_what_is_written_is_read_back(data: dict[str, Any]) -> None:
     # When any plain values are written and read
     written = dump(data)

@@ -23,17 +23,13 @@ Valid = Callable[[], dict[str, Any]]
 def schema(registry: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The schema of all fakes that can be loaded."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            plugins, "names", lambda kind: sorted(n for n, plugin in registry[kind].items() if plugin)
-        )
+        patch.setattr(plugins, "names", lambda kind: sorted(n for n, plugin in registry[kind].items() if plugin))
         return json_schema()
 
 
 def faults(schema: dict[str, Any], data: Any) -> list[str]:
     """Where the schema refuses the data."""
-    return sorted(
-        ".".join(map(str, error.absolute_path)) for error in Draft202012Validator(schema).iter_errors(data)
-    )
+    return sorted(".".join(map(str, error.absolute_path)) for error in Draft202012Validator(schema).iter_errors(data))
 
 
 def test_it_is_a_valid_schema_in_plain_json(schema: dict[str, Any]) -> None:

@@ -40,9 +40,7 @@ def test_a_variable_without_quotes_between_brackets_gets_a_hint() -> None:
 
 def test_a_value_of_the_environment_stays_text() -> None:
     # Given a value that would be a mapping, a number and another variable
-    source = load_text(
-        "env: [A, B, C]\na: ${A}\nb: ${B}\nc: ${C}\n", environ={"A": "{x: 1}", "B": "12", "C": "${A}"}
-    )
+    source = load_text("env: [A, B, C]\na: ${A}\nb: ${B}\nc: ${C}\n", environ={"A": "{x: 1}", "B": "12", "C": "${A}"})
     # Then each is text as it is
     assert source.data == {"env": ["A", "B", "C"], "a": "{x: 1}", "b": "12", "c": "${A}"}
 
@@ -116,9 +114,7 @@ def test_each_file_has_an_environment_list_of_its_own(write: Write) -> None:
     main = write("main.yaml", "include: [part.yaml]\nenv: [HOME]\nc: ${HOME}\n")
     # Then the fault lies in the included file
     source = load_file(main, environ={"HOME": "/h"})
-    assert [(fault.code, fault.file, fault.line) for fault in source.faults] == [
-        ("env_not_listed", str(part), 2)
-    ]
+    assert [(fault.code, fault.file, fault.line) for fault in source.faults] == [("env_not_listed", str(part), 2)]
     assert source.data["c"] == "/h"
 
 
@@ -285,9 +281,7 @@ def test_a_wrong_override_is_a_fault(valid_text: str, override: str, message: st
     # When the override is applied
     source = load_text(text, [override])
     # Then it is one fault of the command line, and nothing is changed
-    assert [(fault.code, fault.file, fault.line) for fault in source.faults] == [
-        ("set_invalid", COMMAND_LINE, None)
-    ]
+    assert [(fault.code, fault.file, fault.line) for fault in source.faults] == [("set_invalid", COMMAND_LINE, None)]
     assert message in source.faults[0].message
     assert hint in source.faults[0].hint
     assert source.data == before
@@ -315,9 +309,7 @@ def test_no_override_makes_the_loader_fail(valid_text: str, overrides: list[str]
     text=st.text(alphabet=st.characters(exclude_categories=["Cs"]))
     | st.text(alphabet="version: 1\nname{}[],tasks\n  ${}&*!-'\"")
 )
-def test_a_file_loads_or_is_invalid_and_nothing_else(
-    tmp_path_factory: pytest.TempPathFactory, text: str
-) -> None:
+def test_a_file_loads_or_is_invalid_and_nothing_else(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     # Given any text at all in a file
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_text(text, encoding="utf-8", newline="")

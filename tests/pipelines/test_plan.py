@@ -173,17 +173,13 @@ def test_the_text_shows_everything(valid: Valid) -> None:
     ("count", "text"),
     [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**30, "3.0 GiB"), (2**52, "4096.0 TiB")],
 )
-def test_sizes_are_for_people(
-    valid: Valid, registry: dict[str, dict[str, Any]], count: int, text: str
-) -> None:
+def test_sizes_are_for_people(valid: Valid, registry: dict[str, dict[str, Any]], count: int, text: str) -> None:
     from fate_llm.core.interfaces import Estimate
 
     data = valid()
     data["tasks"] = {"data": data["tasks"]["data"]}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            registry["component"]["source"], "estimate", lambda self, view: Estimate(memory_bytes=count)
-        )
+        patch.setattr(registry["component"]["source"], "estimate", lambda self, view: Estimate(memory_bytes=count))
         assert f"memory of a contributor: {text}\n" in str(plan_of(data)) + "\n"
 
 

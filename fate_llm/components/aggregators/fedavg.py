@@ -19,9 +19,7 @@ class FedAvg:
     needs_plaintext: ClassVar[bool] = False
 
     class Params(Frozen):
-        server_learning_rate: float = Field(
-            default=1.0, gt=0, le=10, description="Factor on the mean difference."
-        )
+        server_learning_rate: float = Field(default=1.0, gt=0, le=10, description="Factor on the mean difference.")
 
     def __init__(self, params: Params | None = None) -> None:
         self._rate = np.float32((params or self.Params()).server_learning_rate)

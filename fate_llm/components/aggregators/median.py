@@ -30,17 +30,13 @@ class Median:
 
     def step(self, state: Arrays, total: Total) -> Arrays:
         if not total.terms:
-            raise ProtectionError(
-                "median needs every party's update, and the protection shows only their sum"
-            )
+            raise ProtectionError("median needs every party's update, and the protection shows only their sum")
         updates = [total.terms[party].arrays for party in total.contributors]
         for party, arrays in zip(total.contributors, updates, strict=True):
             require_same_layout(state, arrays, what=f"median, update of {party}")
             require_finite(arrays, what=f"median, update of {party}")
         return {
-            name: np.asarray(
-                value + np.median(np.stack([u[name] for u in updates]), axis=0).astype(np.float32)
-            )
+            name: np.asarray(value + np.median(np.stack([u[name] for u in updates]), axis=0).astype(np.float32))
             for name, value in state.items()
         }
 

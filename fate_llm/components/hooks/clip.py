@@ -39,9 +39,7 @@ class Clip:
         if norm <= self._norm:
             return update
         scale = np.float32(self._norm / norm * (1 - 2**-22))  # rounding never leads above the bound
-        return replace(
-            update, arrays={name: np.asarray(array * scale) for name, array in update.arrays.items()}
-        )
+        return replace(update, arrays={name: np.asarray(array * scale) for name, array in update.arrays.items()})
 
     def after_sum(self, total: Total, round_number: int) -> Total:
         return total

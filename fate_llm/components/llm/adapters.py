@@ -48,7 +48,9 @@ class PeftSettings(Frozen):
     alpha: float = Field(16, gt=0, description="Scale of the adapters: alpha / r multiplies B·A.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout in front of the adapters.")
     target_modules: tuple[str, ...] | None = Field(
-        None, min_length=1, description="Last part of the adapted layers' names; default: the fused, or query and value, projections."
+        None,
+        min_length=1,
+        description="Last part of the adapted layers' names; default: the fused, or query and value, projections.",
     )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) (Kalajdzievski 2023).")
 
@@ -110,9 +112,7 @@ class Trainable:
         """A float32 copy of every trainable parameter."""
         import torch
 
-        return {
-            name: p.detach().to("cpu", torch.float32, copy=True).numpy() for name, p in self._parameters.items()
-        }
+        return {name: p.detach().to("cpu", torch.float32, copy=True).numpy() for name, p in self._parameters.items()}
 
     def difference(self, state: Arrays) -> dict[str, Array]:
         """Parameters minus `state`, float32 by name."""
@@ -178,7 +178,9 @@ def save_model(model: Any, folder: Path, tokenizer: Any) -> None:
         tokenizer.save_pretrained(str(folder))
 
 
-def write_about(folder: Path, *, base: ModelRef, base_path: str, settings: PeftSettings, extra: Mapping[str, Any]) -> None:
+def write_about(
+    folder: Path, *, base: ModelRef, base_path: str, settings: PeftSettings, extra: Mapping[str, Any]
+) -> None:
     """Say beside the weights which base model they belong to and how they came about."""
     about = {
         "format": 1,

@@ -41,27 +41,19 @@ _SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system"}
 class FieldNames(Frozen):
     """Our names on the left, the file's on the right. Name one style; what is left out is looked for."""
 
-    instruction: str | None = Field(
-        default=None, min_length=1, description="Field with the question or order."
-    )
+    instruction: str | None = Field(default=None, min_length=1, description="Field with the question or order.")
     input: str | None = Field(
         default=None, min_length=1, description="Field with the Alpaca-style input; may be empty."
     )
-    output: str | None = Field(
-        default=None, min_length=1, description="Field with the answer to `instruction`."
-    )
+    output: str | None = Field(default=None, min_length=1, description="Field with the answer to `instruction`.")
     prompt: str | None = Field(
         default=None, min_length=1, description="Same as `instruction`, for prompt/response files."
     )
-    response: str | None = Field(
-        default=None, min_length=1, description="Same as `output`, for prompt/response files."
-    )
+    response: str | None = Field(default=None, min_length=1, description="Same as `output`, for prompt/response files.")
     question: str | None = Field(
         default=None, min_length=1, description="Same as `instruction`, for question/answer files."
     )
-    answer: str | None = Field(
-        default=None, min_length=1, description="Same as `output`, for question/answer files."
-    )
+    answer: str | None = Field(default=None, min_length=1, description="Same as `output`, for question/answer files.")
     messages: str | None = Field(
         default=None, min_length=1, description="Field with a list of {role, content} messages."
     )
@@ -123,9 +115,7 @@ class Columns:
         return {ours: theirs for ours, theirs in {**names, **optional}.items() if theirs}
 
 
-def find_columns(
-    names: FieldNames, found: Sequence[str], *, file: str, answers_optional: bool = False
-) -> Columns:
+def find_columns(names: FieldNames, found: Sequence[str], *, file: str, answers_optional: bool = False) -> Columns:
     """The mapping for a file whose first record has the fields `found`.
 
     answers_optional: the field of the answer may be missing; a named question's answer defaults to `answer`.
@@ -261,9 +251,7 @@ def _turns(row: Mapping[str, Any], name: str) -> tuple[Turn, ...]:
     roles = ["user" if at % 2 == 0 else "assistant" for at in range(len(spoken))]
     if len(spoken) % 2 or not spoken or [turn.role for turn in spoken] != roles:
         found = "the roles " + ", ".join(turn.role for turn in turns[:8])
-        raise _Wrong(
-            name, found, "user and assistant in turn, the assistant last, a system message only first"
-        )
+        raise _Wrong(name, found, "user and assistant in turn, the assistant last, a system message only first")
     return turns
 
 
@@ -272,9 +260,7 @@ def _turn(message: Any, place: str) -> Turn:
         raise _Wrong(place, kind_of(message), "an object with role and content")
     role = message.get("role", _SHAREGPT.get(str(message.get("from"))))
     if role not in ROLES:
-        raise _Wrong(
-            f"{place}.role", "another role" if isinstance(role, str) else kind_of(role), ", ".join(ROLES)
-        )
+        raise _Wrong(f"{place}.role", "another role" if isinstance(role, str) else kind_of(role), ", ".join(ROLES))
     name = "content" if "content" in message else "value" if "value" in message else "content"
     content = _text({f"{place}.{name}": message[name]} if name in message else {}, f"{place}.{name}")
     return Turn(cast(TurnRole, role), content)

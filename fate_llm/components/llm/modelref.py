@@ -29,9 +29,7 @@ class ModelRef(Frozen):
         pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
         description="An installed Python package with one GGUF file in it.",
     )
-    path: str | None = Field(
-        None, description="A Hugging Face model folder or a GGUF file on this party's disk."
-    )
+    path: str | None = Field(None, description="A Hugging Face model folder or a GGUF file on this party's disk.")
     hub: str | None = Field(None, description="A name on the Hugging Face hub, where there is a network.")
     revision: str | None = Field(None, description="Commit or tag on the hub.")
 
@@ -76,9 +74,7 @@ def locate(ref: ModelRef, resolve: Callable[[str], Path]) -> Source:
         return Source(path)
     if path.is_dir() and len(found := sorted(path.glob("*.gguf"))) == 1:
         return Source(path, found[0].name)
-    state = (
-        "does not exist" if not path.exists() else "is neither a model folder (config.json) nor one GGUF file"
-    )
+    state = "does not exist" if not path.exists() else "is neither a model folder (config.json) nor one GGUF file"
     raise ModelError(f"model path {path} {state}")
 
 
@@ -138,16 +134,10 @@ class ModelShapes:
     @property
     def intermediate(self) -> int:
         """The widest layer inside a block."""
-        return max(
-            (max(s) for n, s in self.weights.items() if re.search(r"\.\d+\.", n) and len(s) == 2), default=0
-        )
+        return max((max(s) for n, s in self.weights.items() if re.search(r"\.\d+\.", n) and len(s) == 2), default=0)
 
     def _embeddings(self) -> list[Shape]:
-        return [
-            s
-            for n, s in self.weights.items()
-            if "embed" in n and len(s) == 2 and not re.search(r"\.\d+\.", n)
-        ]
+        return [s for n, s in self.weights.items() if "embed" in n and len(s) == 2 and not re.search(r"\.\d+\.", n)]
 
 
 def _product(shape: Shape) -> int:

@@ -50,7 +50,9 @@ class Loading(Frozen):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "float32", description="Type of the base model's weights; adapters are always float32."
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to compute; auto: a GPU when there is one.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where to compute; auto: a GPU when there is one."
+    )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
         "auto", description="Attention implementation; auto: what the model's library chooses."
     )

@@ -11,7 +11,7 @@ __all__ = ["loss_plot"]
 
 
 def loss_plot(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> bool:
-    """Draw test and training loss per round of every history into a PNG; False when there is nothing to draw with or on.
+    """Draw test and training loss per round of every history into a PNG; False when nothing can be drawn.
 
     histories: rows of `round`, `loss` and `test_loss` (nats per token), by name.
     """

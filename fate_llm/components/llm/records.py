@@ -321,9 +321,7 @@ class Dataset:
         self.manifest = read_manifest(path)
         self._offsets = _index(path / RECORDS, str(self.manifest["sha256"]))
         if len(self._offsets) != self.manifest["rows"]:
-            raise DataError(
-                f"{path}: {len(self._offsets)} rows lie there, {MANIFEST} says {self.manifest['rows']}"
-            )
+            raise DataError(f"{path}: {len(self._offsets)} rows lie there, {MANIFEST} says {self.manifest['rows']}")
 
     @property
     def template(self) -> str:

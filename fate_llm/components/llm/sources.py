@@ -95,9 +95,7 @@ def format_of(path: Path, format: str = "auto") -> str:
     if path.is_dir():
         return "dataset"
     if path.suffix.lower() not in _SUFFIXES:
-        raise DataError(
-            f"{path}: the suffix does not tell the format", hint=f"Name one: {', '.join(FORMATS)}."
-        )
+        raise DataError(f"{path}: the suffix does not tell the format", hint=f"Name one: {', '.join(FORMATS)}.")
     return _SUFFIXES[path.suffix.lower()]
 
 
@@ -186,9 +184,7 @@ def _json(path: Path) -> Iterator[Row]:
             yield number, _object(path, number, window.decode(decoder, number))
         window.expect("]", "the end of the array")
         if window.peek():
-            raise DataError(
-                f"{path}: something follows the JSON array", hint="Use .jsonl for one record a line."
-            )
+            raise DataError(f"{path}: something follows the JSON array", hint="Use .jsonl for one record a line.")
 
 
 class _Window:
@@ -272,9 +268,7 @@ def _csv_header(path: Path, reader: Iterator[list[str]]) -> list[str]:
     try:
         header = next(reader)
     except (StopIteration, csv.Error) as error:
-        raise DataError(
-            f"{path}: no header line", hint="The first line of a CSV names its fields."
-        ) from error
+        raise DataError(f"{path}: no header line", hint="The first line of a CSV names its fields.") from error
     if len(set(header)) != len(header):
         raise DataError(f"{path}: the header names a field twice")
     return header
@@ -314,9 +308,7 @@ def _dataset_folder(path: Path, split: str) -> Iterator[Row]:
     try:
         found = datasets.load_from_disk(str(path))
     except (FileNotFoundError, ValueError) as error:
-        raise DataError(
-            f"{path} is no data set folder", hint="It is what `Dataset.save_to_disk` writes."
-        ) from error
+        raise DataError(f"{path} is no data set folder", hint="It is what `Dataset.save_to_disk` writes.") from error
     if isinstance(found, datasets.DatasetDict):
         if split not in found:
             raise DataError(f"{path} has no split {split!r}", hint=nearest(split, list(found)))

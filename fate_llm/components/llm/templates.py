@@ -103,9 +103,7 @@ def choose_template(template: str, tokenizer: Any) -> str:
     if template == "auto":
         return "chat" if has_chat else "alpaca"
     if template == "chat" and not has_chat:
-        raise ConfigurationError(
-            "template `chat`: this tokenizer has no chat template", hint="Use alpaca or plain."
-        )
+        raise ConfigurationError("template `chat`: this tokenizer has no chat template", hint="Use alpaca or plain.")
     return template
 
 
@@ -317,8 +315,7 @@ _ALPACA_WITH_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
 )
 _ALPACA_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 )
 _OPEN = {"alpaca": "### Response:\n", "plain": ""}
 _CLOSE = {"alpaca": "\n\n", "plain": "\n"}

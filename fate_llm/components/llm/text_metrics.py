@@ -162,9 +162,7 @@ def bleu_tokens(text: str) -> list[str]:
     for sign in unicodedata.normalize("NFC", text):
         if _kind(sign) == "alone" or (ord(sign) > 127 and unicodedata.category(sign)[0] in "PS"):
             spread += [" ", sign, " "]
-        elif (
-            _kind(sign) == "mark" and spread[-2:-1] and spread[-1] == " " and _kind(spread[-2][0]) == "alone"
-        ):
+        elif _kind(sign) == "mark" and spread[-2:-1] and spread[-1] == " " and _kind(spread[-2][0]) == "alone":
             spread[-2] += sign
         else:
             spread.append(sign)
@@ -184,9 +182,7 @@ def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
         DataError: no texts, or not as many references as predictions.
     """
     if len(predictions) != len(references) or not predictions:
-        raise DataError(
-            f"BLEU needs as many references as predictions: {len(predictions)}, {len(references)}"
-        )
+        raise DataError(f"BLEU needs as many references as predictions: {len(predictions)}, {len(references)}")
     counts = [bleu_counts(one, two) for one, two in zip(predictions, references, strict=True)]
     return bleu_of({name: sum(each[name] for each in counts) for name in counts[0]})
 

@@ -76,9 +76,7 @@ class Setting:
         return sorted(self.hooks, key=lambda hook: hook.stage)
 
     def tell(self, action: Tell) -> None:
-        self.channel.send(
-            action.receiver, task=self.task, kind=action.kind, payload=action.payload, round=action.round
-        )
+        self.channel.send(action.receiver, task=self.task, kind=action.kind, payload=action.payload, round=action.round)
 
 
 class CoordinatorDriver:
@@ -230,18 +228,13 @@ class ContributorDriver:
     def __iter__(self) -> Iterator[_ContributorRound]:
         while self._machine.phase is not ContributorPhase.FINISHED:
             if self._machine.phase is not ContributorPhase.TRAINING:
-                raise InternalError(
-                    f"rounds cannot go on while {self._machine.phase}: call start, then contribute"
-                )
+                raise InternalError(f"rounds cannot go on while {self._machine.phase}: call start, then contribute")
             yield _ContributorRound(self, self._machine.number)
 
-    def _contribute(
-        self, number: int, arrays: Arrays, weight: float, sums: Mapping[str, float]
-    ) -> RoundResult:
+    def _contribute(self, number: int, arrays: Arrays, weight: float, sums: Mapping[str, float]) -> RoundResult:
         if self._machine.phase is not ContributorPhase.TRAINING or self._machine.number != number:
             raise InternalError(
-                f"round {number} has its update already: "
-                f"it is round {self._machine.number}, {self._machine.phase}"
+                f"round {number} has its update already: it is round {self._machine.number}, {self._machine.phase}"
             )
         require_same_layout(self._state, arrays, what=f"the update of round {number}")
         require_finite(arrays, what=f"the update of round {number}")
@@ -265,12 +258,8 @@ class ContributorDriver:
 
     def _hear_waiting(self) -> None:
         """Hear what came while we trained: rounds may have ended without us."""
-        coordinator = (
-            self._setting.cohort.coordinator
-        )  # that it has left since is no news: its last state counts
-        while (
-            event := self._next(deadline=self._setting.channel.clock(), known_left=(coordinator,))
-        ) is not None:
+        coordinator = self._setting.cohort.coordinator  # that it has left since is no news: its last state counts
+        while (event := self._next(deadline=self._setting.channel.clock(), known_left=(coordinator,))) is not None:
             self._perform(self._handle(event))
 
     def _next(self, *, deadline: float | None, known_left: Collection[str] = ()) -> ContributorEvent | None:
@@ -286,9 +275,7 @@ class ContributorDriver:
         if message is None:
             return None
         if isinstance(message, Left):
-            raise PeerFailed(
-                f"task {setting.task}, round {self._machine.number}: {coordinator} {message.reason}"
-            )
+            raise PeerFailed(f"task {setting.task}, round {self._machine.number}: {coordinator} {message.reason}")
         return Heard(message.sender, message.kind, message.round, message.payload)
 
     def _run_until(self, pending: list[Action], wanted: type[Ready | RoundDone], what: str) -> Action:
@@ -329,9 +316,7 @@ class _ContributorRound:
     _driver: ContributorDriver
     number: int
 
-    def contribute(
-        self, arrays: Arrays, *, weight: float, sums: Mapping[str, float] | None = None
-    ) -> RoundResult:
+    def contribute(self, arrays: Arrays, *, weight: float, sums: Mapping[str, float] | None = None) -> RoundResult:
         """Give this party's difference to the round's state; returns when the round's new state is known.
 
         arrays: float32 by name. weight: at least 0. sums: additive numbers, see Update.

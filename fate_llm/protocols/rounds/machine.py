@@ -397,9 +397,7 @@ class CoordinatorMachine:
             "stop": event.stop,
         }
         self._news = Payload(fields, self.state)
-        tells: list[Action] = [
-            Tell(p, STATE, self.number, self._news) for p in self._layouts if p not in self.gone
-        ]
+        tells: list[Action] = [Tell(p, STATE, self.number, self._news) for p in self._layouts if p not in self.gone]
         if stop:
             self.phase = CoordinatorPhase.FINISHED
             return tells
@@ -486,9 +484,7 @@ class ContributorMachine:
 
     def _join(self, event: Join, now: float) -> list[Action]:
         if other := _not_float32(event.state):
-            raise ProtectionError(
-                f"the first state must be float32, and {other} is {event.state[other].dtype}"
-            )
+            raise ProtectionError(f"the first state must be float32, and {other} is {event.state[other].dtype}")
         self._layout = layout_of(event.state)
         fields = {"layout": _layout_digest(event.state)}
         first = self.me == self.cohort.contributors[0]
@@ -510,9 +506,7 @@ class ContributorMachine:
     def _check_state(self, event: Heard) -> None:
         fields = event.payload.fields
         if layout_of(event.payload.tensors) != self._layout:
-            raise PeerViolation(
-                f"the state of round {event.round} has other names or shapes than our parameters"
-            )
+            raise PeerViolation(f"the state of round {event.round} has other names or shapes than our parameters")
         if fields.keys() != {"sums", "contributors", "stop"} or not _is_news(fields, self.cohort):
             raise PeerViolation(f"the state of round {event.round} lacks sums, contributors or stop")
         if event.round > self.rounds:

@@ -34,9 +34,7 @@ from fate_llm.core.values import Array, Cohort, Payload, Total, Update, require_
 __all__ = ["PLUGIN", "PlainSum"]
 
 _WEIGHTS = (1e-12, 1e12)  # range of a weight that is not 0
-_LARGEST_NUMBER = (
-    1e290  # of an additive number; float64 holds the sum of any number of them that a job can have
-)
+_LARGEST_NUMBER = 1e290  # of an additive number; float64 holds the sum of any number of them that a job can have
 _STEP = 2.0**-24  # half a step of float32, relative
 _TINIEST = 2.0**-149  # the smallest float32 above 0
 
