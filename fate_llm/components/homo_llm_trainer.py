@@ -158,7 +158,7 @@ class HomoLlmTrainer:
         aggregator = rule(rule.Params(**params.aggregator_params))
         stopping = EarlyStopping(params.patience, params.min_improvement)
         rounds = ctx.coordinator_rounds(
-            params.rounds, protection=params.protection, hooks=_hooks(params), keep_terms=rule.needs_plaintext
+            params.rounds, protection=params.protection, hooks=_hooks(ctx), keep_terms=rule.needs_plaintext
         )
         state = rounds.start()
         for round in rounds:
@@ -186,7 +186,7 @@ class _Contributor:
             self.model = self._trainable_model()
             self.trainable = Trainable(self.model)
             rows, self.test = self._encode("train"), self._encode("test") if "test" in ctx.inputs else []
-            rounds = ctx.contributor_rounds(params.rounds, protection=params.protection, hooks=_hooks(params))
+            rounds = ctx.contributor_rounds(params.rounds, protection=params.protection, hooks=_hooks(ctx))
             with turns.pause():
                 state = rounds.start(self.trainable.read())
             self.trainable.load(state)
@@ -343,11 +343,13 @@ def _arguments(params: HomoLlmTrainer.Params) -> dict[str, Any]:
     }
 
 
-def _hooks(params: HomoLlmTrainer.Params) -> list[UpdateHook]:
+def _hooks(ctx: Context) -> list[UpdateHook]:
+    """The hooks of this party and task; those that round at random get a seed of their own."""
     made: list[UpdateHook] = []
-    for ref in params.hooks:
+    for ref in ctx.params.hooks:
         hook = plugins.load("hook", ref.name)
-        made.append(hook(hook.Params(**ref.params)))
+        seed = {"seed": ctx.seed(ctx.task, ctx.party, "hook", ref.name)} if getattr(hook, "draws", False) else {}
+        made.append(hook(hook.Params(**ref.params), **seed))
     return made
 
 

@@ -11,11 +11,16 @@
     |-- FederationError        (4)     something between the parties
     |   |-- PeerViolation              a party said what the protocol does not allow
     |   |   |-- BadEnvelope            bytes that are not a message
-    |   |   `-- ConflictingDuplicate   the same sequence number with other content
+    |   |   |-- BadSeal                bytes that do not open under the keys of the link
+    |   |   |-- BadSignature           not signed by the key that the roster pins
+    |   |   |-- ConflictingDuplicate   the same sequence number with other content
+    |   |   `-- PeerRestarted          a party's process started again without the secrets of the link
     |   |-- MessageLost                a gap in a party's sequence that never closed
     |   |-- PeerFailed                 another party ended with an error
     |   |-- RoundTimeout               a wait ran out
     |   |-- QuorumLost                 fewer parties than the quorum
+    |   |-- BrokerLost                 the broker cannot be reached
+    |   |-- BrokerRefused              the broker does not let us in, or not do what we need
     |   `-- TransportClosed            the transport is no longer there
     |-- ProtectionError        (5)     an update cannot be protected as asked (not finite, overflow, plaintext needed)
     |-- JobCancelled           (130)   a person or a party stopped the job
@@ -32,6 +37,10 @@ from typing import ClassVar
 
 __all__ = [
     "BadEnvelope",
+    "BadSeal",
+    "BadSignature",
+    "BrokerLost",
+    "BrokerRefused",
     "ConfigurationError",
     "ConflictingDuplicate",
     "DataError",
@@ -44,6 +53,7 @@ __all__ = [
     "MissingExtra",
     "ModelError",
     "PeerFailed",
+    "PeerRestarted",
     "PeerViolation",
     "PipelineInvalid",
     "PolicyError",
@@ -179,10 +189,33 @@ class BadEnvelope(PeerViolation):
     code = "bad_envelope"
 
 
+class BadSeal(PeerViolation):
+    """Sealed bytes that do not open: changed, cut, replayed elsewhere, or sealed by somebody else."""
+
+    code = "bad_seal"
+    default_hint = "Nothing of it was used. If it goes on, somebody between the parties changes messages."
+
+
+class BadSignature(PeerViolation):
+    """A message that the key pinned in the roster for its sender did not sign."""
+
+    code = "bad_signature"
+    default_hint = "Compare the fingerprints of this party's key in both rosters, by phone; nothing of it was used."
+
+
 class ConflictingDuplicate(PeerViolation):
     """A sequence number came twice with different content."""
 
     code = "conflicting_duplicate"
+
+
+class PeerRestarted(PeerViolation):
+    """A party whose keys were agreed offers new ones: its process started again without its secrets."""
+
+    code = "peer_restarted"
+    default_hint = (
+        "Restore that party's job folder, or start a new attempt of the job: each attempt agrees on new keys."
+    )
 
 
 class MessageLost(FederationError):
@@ -211,6 +244,20 @@ class QuorumLost(FederationError):
 
     code = "quorum_lost"
     default_hint = "Bring the missing parties back, or lower job.quorum if every party agrees."
+
+
+class BrokerLost(FederationError):
+    """The message broker cannot be reached, or has been away for longer than the job waits."""
+
+    code = "broker_lost"
+    default_hint = "Look whether the broker runs and can be reached from here: fate_llm doctor --broker URL"
+
+
+class BrokerRefused(FederationError):
+    """The message broker is there and says no: password, certificate, virtual host, permission."""
+
+    code = "broker_refused"
+    default_hint = "Ask the broker's operator; `fate_llm doctor --broker URL` says what is missing."
 
 
 class TransportClosed(FederationError):

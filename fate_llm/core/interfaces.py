@@ -4,6 +4,7 @@ Transport      moves frames between parties            fate_llm/protocols/transp
 SecureSum      a weighted sum without showing terms    fate_llm/protocols/sums/
 Aggregator     how a total changes the global state    fate_llm/components/aggregators/
 UpdateHook     before sending, after summing           fate_llm/components/hooks/
+WireHook       an update hook that changes how a term travels, not what is summed
 Component      what a pipeline line names              fate_llm/components/
 Context        all that a component sees               fate_llm/runtime/context.py
 """
@@ -17,6 +18,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from .values import Arrays, Artifact, ArtifactKind, Cohort, Payload, Role, Roster, RoundResult, Total, Update
@@ -34,6 +36,7 @@ __all__ = [
     "Delivery",
     "Drop",
     "Estimate",
+    "Form",
     "Frozen",
     "HookStage",
     "Keep",
@@ -42,6 +45,7 @@ __all__ = [
     "PlanView",
     "Port",
     "PredictRule",
+    "Progress",
     "Replace",
     "SecureSum",
     "SumAction",
@@ -56,11 +60,13 @@ __all__ = [
     "Traffic",
     "Transport",
     "UpdateHook",
+    "WireHook",
 ]
 
 T = TypeVar("T")
 Buffer = bytes | bytearray | memoryview
 Layout = Mapping[str, tuple[int, ...]]
+Form = Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]
 
 
 class Frozen(BaseModel):
@@ -85,20 +91,36 @@ class Delivery:
     redelivered: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Bytes of a message that is coming in: received so far, and expected in all."""
+
+    received: int
+    expected: int
+
+
 class Transport(Protocol):
     """Moves opaque frames between the parties of a job, at least once.
 
-    Nothing acknowledged is lost to the sender's side of the contract; what is not acknowledged comes again
-    after a reconnect; duplicates are visible (not hidden); order is kept per sender and receiver, unless a
-    fault
-    breaks it.
+    Nothing acknowledged is lost to the sender's side of the contract; what is not acknowledged comes again after a
+    reconnect; duplicates are visible (not hidden); order is kept per sender and receiver, unless a fault breaks it.
     """
 
-    def send(self, receiver: str, parts: Sequence[Buffer]) -> int:
-        """Queue one frame (the parts, joined) for `receiver`; returns its bytes.
+    @property
+    def connected(self) -> bool:
+        """Whether frames can travel right now. Silence of others means nothing while they cannot."""
+        ...
 
-        Returns when the frame is safe.
+    def send(self, receiver: str, parts: Sequence[Buffer]) -> int:
+        """Take over one frame (the parts, joined) for `receiver`; returns its bytes.
+
+        Waits while too much is under way to that receiver. The parts may be written to again afterwards, unless the
+        caller gives its only reference away.
         """
+        ...
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until everything sent so far is safe; False when it is not within `timeout` seconds."""
         ...
 
     def receive(self, timeout: float | None) -> Delivery | None:
@@ -109,8 +131,19 @@ class Transport(Protocol):
         """What the delivery carried is safe here; it will not come again."""
         ...
 
-    def close(self) -> None:
-        """Stop; a waiting `receive` returns or raises TransportClosed. Closing twice is fine."""
+    def forget(self, receiver: str) -> None:
+        """`receiver` has left: what is still under way to it does not matter any more."""
+        ...
+
+    def progress(self, sender: str) -> Progress | None:
+        """How far a frame from `sender` has come that is not whole yet; None when none is, or it cannot be told."""
+        ...
+
+    def close(self, *, finished: bool = False) -> None:
+        """Stop; a waiting `receive` returns or raises TransportClosed. Closing twice is fine.
+
+        finished: this party is done with the job: nothing of it stays behind on the way or on disk.
+        """
         ...
 
 
@@ -243,6 +276,13 @@ class HookStage(IntEnum):
     WEIGHT = 30
     NOISE = 40
     CHECK = 50
+    ENCODE = 60  # how a value is written: bf16, int8
+    PACK = 70  # how the bytes are written, without loss: zstd
+
+    @property
+    def on_the_wire(self) -> bool:
+        """Hooks of this stage are WireHooks; at most one of each such stage fits into a round."""
+        return self >= HookStage.ENCODE
 
 
 @runtime_checkable
@@ -255,6 +295,52 @@ class UpdateHook(Protocol):
     def before_send(self, update: Update, round_number: int) -> Update: ...
 
     def after_sum(self, total: Total, round_number: int) -> Total: ...
+
+
+@runtime_checkable
+class WireHook(UpdateHook, Protocol):
+    """Changes how a term travels: encoded by its party right before it is sent, decoded before the sum sees it.
+
+    All parties of a task use the same ones. A term that a protection hides cannot be written anew, so both together
+    are refused. Classes derive from this one for the parts that do nothing here.
+
+    draws: it rounds at random and is made with a seed, `hook(params, seed=...)`, of this job, party and task.
+    """
+
+    draws: ClassVar[bool] = False
+
+    def form(self, form: Form) -> Form | None:
+        """Dtypes and shapes that `encode` makes of tensors of `form`; None: the values decide.
+
+        Raises:
+            ConfigurationError: tensors of this form cannot be encoded.
+        """
+        ...
+
+    def encode(self, payload: Payload, round_number: int) -> Payload:
+        """The term as it travels; `payload` and its fields stay as they are.
+
+        Raises:
+            ProtectionError: values that cannot be written this way; nothing has left the party.
+        """
+        ...
+
+    def decode(self, payload: Payload, form: Form) -> Payload:
+        """What `encode` was given, up to its rounding: tensors of exactly this form. Keeps nothing of it.
+
+        Raises:
+            PeerViolation: anything else; found out before memory beyond that of `form` is taken.
+        """
+        ...
+
+    def settle(self, *, counted: bool) -> None:
+        """The round of the last `encode` is over. counted: the term is part of its total."""
+
+    def before_send(self, update: Update, round_number: int) -> Update:
+        return update
+
+    def after_sum(self, total: Total, round_number: int) -> Total:
+        return total
 
 
 # --- Rounds -------------------------------------------------------------------------------------------------

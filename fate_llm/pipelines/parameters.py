@@ -12,6 +12,7 @@ from pydantic_core import PydanticUndefined
 
 from fate_llm.core import plugins
 from fate_llm.core.errors import FateError
+from fate_llm.core.interfaces import HookStage
 from fate_llm.core.names import nearest
 
 from .dialect import Path, has_step
@@ -124,6 +125,7 @@ class _Task:
                     wrong.setdefault((one.code, one.path, one.message, one.hint), []).append(view.party)
         for (code, path, message, hint), parties in wrong.items():
             self._place_fault(code, path, message, hint, parties)
+        self._check_same_wire()
         for view in self.views:
             self._check_experiment(view)
 
@@ -160,7 +162,7 @@ class _Task:
             self.draft.faults.add(code, where, message + (f" at {', '.join(in_task)}" if some else ""), hint)
 
     def _check_plugins(self, view: _View) -> list[PluginField]:
-        """Unknown names, which are returned, and aggregators that need to see what the protection hides."""
+        """Unknown names, which are returned, and plug-ins that do not go together."""
         unknown = [field for field in view.plugins if field.name not in plugins.names(field.kind)]
         for field in unknown:
             hint = nearest(field.name, plugins.names(field.kind))
@@ -168,17 +170,57 @@ class _Task:
                 "unknown_plugin", field.path, f"no {field.kind} is called {field.name!r}", hint, [view.party]
             )
         known = [field for field in view.plugins if field not in unknown]
-        for rule in known:
-            for protection in known:
-                pair = (rule.kind, protection.kind) == (
-                    "aggregator",
-                    "sum",
-                ) and rule.holder == protection.holder
-                if pair and self._load(rule, view).needs_plaintext and self._load(protection, view).hides_terms:
-                    message = f"{rule.name!r} needs every party's update, and {protection.name!r} hides them"
-                    hint = "another aggregator, or a protection that shows updates if every party agrees"
-                    self._place_fault("aggregator_needs_plaintext", rule.path, message, hint, [view.party])
+        for protection in known:
+            if protection.kind == "sum":
+                for rule in known:
+                    self._check_pair(rule, protection, view)
+        self._check_stages(view)
         return unknown
+
+    def _check_pair(self, rule: PluginField, protection: PluginField, view: _View) -> None:
+        """What needs to see a term, or writes it anew on its way, and a protection that hides it."""
+        needs = rule.kind == "aggregator" and rule.holder == protection.holder
+        writes = rule.kind == "hook" and rule.holder[: len(protection.holder)] == protection.holder
+        if needs and self._load(rule, view).needs_plaintext and self._load(protection, view).hides_terms:
+            message = f"{rule.name!r} needs every party's update, and {protection.name!r} hides them"
+            hint = "another aggregator, or a protection that shows updates if every party agrees"
+            self._place_fault("aggregator_needs_plaintext", rule.path, message, hint, [view.party])
+        if writes and self._load(rule, view).stage.on_the_wire and self._load(protection, view).hides_terms:
+            message = f"{rule.name!r} writes every update anew, and {protection.name!r} hides them"
+            hint = "leave the hook out, or take a protection that shows updates if every party agrees"
+            self._place_fault("hook_changes_hidden_terms", rule.path, message, hint, [view.party])
+
+    def _wire_hooks(self, view: _View) -> Iterator[tuple[PluginField, HookStage]]:
+        """The hooks of this view that change how an update travels, with their stages."""
+        for field in view.plugins:
+            if field.kind == "hook" and field.name in plugins.names("hook"):
+                stage = self._load(field, view).stage
+                if stage.on_the_wire:
+                    yield field, stage
+
+    def _check_stages(self, view: _View) -> None:
+        """At most one hook for each stage of the wire."""
+        first: dict[tuple[Path, HookStage], PluginField] = {}
+        for field, stage in self._wire_hooks(view):
+            other = first.setdefault((field.holder[:-1], stage), field)
+            if other is not field:
+                message = f"{field.name!r} and {other.name!r} both say how updates travel"
+                hint = f"one hook of the stage {stage.name.lower()!r}"
+                self._place_fault("hooks_conflict", field.path, message, hint, [view.party])
+
+    def _check_same_wire(self) -> None:
+        """Parties whose overrides let updates travel in another way than the task's own params."""
+        usual = next((view for view in self.views if not self._override(view.party)), self.views[0])
+        names = self._wire_names(usual)
+        for view in self.views:
+            if (other := self._wire_names(view)) != names:
+                shown, wanted = (", ".join(sorted(n for _, n in found)) or "no hook" for found in (other, names))
+                message = f"updates travel with {shown} at {view.party!r}, and with {wanted} at {usual.party!r}"
+                holder = sorted(other ^ names)[0][0]
+                self._place_fault("hooks_differ", holder, message, "the same at every party", [view.party])
+
+    def _wire_names(self, view: _View) -> set[tuple[Path, str]]:
+        return {(field.holder[:-1], field.name) for field, _ in self._wire_hooks(view)}
 
     def _load(self, field: PluginField, view: _View) -> Any:
         """The plug-in; one that fits with everything when it cannot be loaded, which is its own fault."""
@@ -200,6 +242,7 @@ class _Task:
 class _Unavailable:
     needs_plaintext = False
     hides_terms = False
+    stage = HookStage.CHECK
 
 
 def _depth(values: Any, path: Path) -> int:

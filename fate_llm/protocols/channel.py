@@ -222,11 +222,17 @@ class JobChannel:
     def overdue(self, sender: str, text: str) -> FateError:
         """The error for a wait on `sender` that ran out: MessageLost after a gap, else RoundTimeout."""
         with self._changed:
-            gap = self._incoming[sender]
-            if gap.waiting:
-                later = min(gap.waiting)
-                return MessageLost(f"{text}: message {gap.expected} from {sender} is lost, {later} has come")
-            return RoundTimeout(f"{text} ({self.counters[sender].received_bytes} bytes received from {sender} so far)")
+            line = self._incoming[sender]
+            if line.waiting:
+                later = min(line.waiting)
+                return MessageLost(f"{text}: message {line.expected} from {sender} is lost, {later} has come")
+            received = self.counters[sender].received_bytes
+            coming = self._transport.progress(sender)
+        if coming is not None:
+            text = f"{text} ({coming.received} of {coming.expected} bytes of a message from {sender} have come)"
+        else:
+            text = f"{text} ({received} bytes received from {sender} so far)"
+        return RoundTimeout(text)
 
     # --- ending ---------------------------------------------------------------------------------------------
 
@@ -241,9 +247,15 @@ class JobChannel:
         if self._cancelled is not None:
             raise JobCancelled(self._cancelled)
 
-    def close(self) -> None:
-        """Stop reading and close the transport. Closing twice is fine."""
-        self._transport.close()
+    def lost(self, party: str, code: str, reason: str) -> None:
+        """The transport knows that `party` will not be heard again; who waits for it wakes up."""
+        with self._changed:
+            self.left.setdefault(party, Left(party, code, reason))
+            self._changed.notify_all()
+
+    def close(self, *, finished: bool = False) -> None:
+        """Stop reading and close the transport. Closing twice is fine. finished: see `Transport.close`."""
+        self._transport.close(finished=finished)
         if threading.current_thread() is not self._reader:
             self._reader.join()
         with self._changed:

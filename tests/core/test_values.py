@@ -106,4 +106,7 @@ def test_hooks_run_in_the_order_of_the_architecture() -> None:
         HookStage.WEIGHT,
         HookStage.NOISE,
         HookStage.CHECK,
+        HookStage.ENCODE,
+        HookStage.PACK,
     ]
+    assert [stage for stage in HookStage if stage.on_the_wire] == [HookStage.ENCODE, HookStage.PACK]

@@ -16,6 +16,7 @@ from fate_llm.core.interfaces import (
     Drop,
     Estimate,
     Frozen,
+    HookStage,
     Keep,
     PassThrough,
     PlanView,
@@ -207,6 +208,22 @@ class Sealed:
 
 
 class Clip:
+    stage = HookStage.CLIP
+    Params = Frozen
+
+
+class Half:
+    stage = HookStage.ENCODE
+    Params = Frozen
+
+
+class Byte:
+    stage = HookStage.ENCODE
+    Params = Frozen
+
+
+class Press:
+    stage = HookStage.PACK
     Params = Frozen
 
 
@@ -222,7 +239,7 @@ FAKES: dict[str, dict[str, Any]] = {
     },
     "aggregator": {"mean": Mean, "median": Median},
     "sum": {"open": Open, "sealed": Sealed, "locked": None},
-    "hook": {"clip": Clip},
+    "hook": {"clip": Clip, "half": Half, "byte": Byte, "press": Press, "stuck": None},
     "transport": {},
 }
 

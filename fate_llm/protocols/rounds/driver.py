@@ -48,6 +48,7 @@ from .machine import (
     Tell,
     Tick,
 )
+from .wire import Wire
 
 __all__ = ["ContributorDriver", "CoordinatorDriver", "Setting"]
 
@@ -84,8 +85,9 @@ class CoordinatorDriver:
 
     def __init__(self, setting: Setting, *, keep_terms: bool = False) -> None:
         self._setting = setting
+        secure_sum = Wire(setting.hooks).around(setting.secure_sum, lambda: self._machine.number)
         self._machine = CoordinatorMachine(
-            setting.cohort, setting.rounds, setting.patience, setting.secure_sum, keep_terms=keep_terms
+            setting.cohort, setting.rounds, setting.patience, secure_sum, keep_terms=keep_terms
         )
 
     def start(self) -> Arrays:
@@ -208,7 +210,9 @@ class ContributorDriver:
 
     def __init__(self, setting: Setting, me: str) -> None:
         self._setting = setting
-        self._machine = ContributorMachine(setting.cohort, me, setting.rounds, setting.secure_sum)
+        self._wire = Wire(setting.hooks)
+        secure_sum = self._wire.around(setting.secure_sum, lambda: self._machine.number)
+        self._machine = ContributorMachine(setting.cohort, me, setting.rounds, secure_sum)
         self._state: Arrays = {}
 
     def start(self, state: Arrays) -> Arrays:
@@ -246,6 +250,7 @@ class ContributorDriver:
         pending = self._machine.handle(Offer(update))
         done = self._run_until(pending, RoundDone, f"the global state of round {number}")
         assert isinstance(done, RoundDone)
+        self._wire.settle(counted=done.result.number == number and self._machine.me in done.result.contributors)
         self._state = done.result.state
         self._setting.emit(
             "round_state",

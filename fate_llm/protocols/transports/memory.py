@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from fate_llm.core.errors import ConfigurationError, TransportClosed
-from fate_llm.core.interfaces import Buffer, Delivery
+from fate_llm.core.interfaces import Buffer, Delivery, Progress
 
 __all__ = ["PLUGIN", "Fault", "FaultKind", "MemoryNetwork", "MemoryTransport"]
 
@@ -187,6 +187,19 @@ class MemoryTransport:
         self._network._put(self.address, receiver, body)
         return len(body)
 
+    @property
+    def connected(self) -> bool:
+        return True
+
+    def flush(self, timeout: float | None = None) -> bool:
+        return True  # the network has what was sent
+
+    def forget(self, receiver: str) -> None:
+        return
+
+    def progress(self, sender: str) -> Progress | None:
+        return None  # frames come whole
+
     def receive(self, timeout: float | None) -> Delivery | None:
         return self._network._take(self.address, lambda: self._closed, timeout)
 
@@ -194,7 +207,7 @@ class MemoryTransport:
         if not self._closed:
             self._network._ack(self.address, delivery.tag)
 
-    def close(self) -> None:
+    def close(self, *, finished: bool = False) -> None:
         self._closed = True
         self._network._wake()
 

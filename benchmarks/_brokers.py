@@ -1,0 +1,172 @@
+"""A RabbitMQ node for a benchmark, laid out for a federation, and programs that run side by side against it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import tempfile
+import time
+from base64 import b64encode
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+from _measure import Child, environment
+
+from fate_llm.protocols.broker_layout import exchange_of, permissions_of, topic_permissions_of
+from fate_llm.runtime.broker import BrokerNode, TlsFiles
+
+__all__ = ["Broker", "broker", "together"]
+
+_PASSWORD = "benchmark"  # of users that live as long as the node, on loopback
+
+
+@dataclass(frozen=True, slots=True)
+class Broker:
+    """A running node. `guest` may do everything; each party is a user with the rights of a federation's member."""
+
+    node: BrokerNode
+    ca: Path
+
+    def url(self, user: str, *, tls: bool) -> str:
+        """Without TLS the URL says that this is meant, as our transport demands."""
+        if user == "guest":
+            return self.node.tls_url() if tls else self.node.url()
+        if tls:
+            return self.node.tls_url(user, _PASSWORD)
+        return self.node.url(user, _PASSWORD) + "?plaintext=loopback"
+
+    def words(self, user: str, *, tls: bool) -> list[str | Path]:
+        """As options of a program."""
+        return ["--url", self.url(user, tls=tls), *(["--ca", self.ca] if tls else [])]
+
+
+@contextmanager
+def broker(members: Sequence[str]) -> Iterator[Broker]:
+    """A fresh node on free ports of loopback for these parties, stopped at the end."""
+    with tempfile.TemporaryDirectory(prefix="fate-broker-") as scratch:
+        folder = Path(scratch)
+        folder.chmod(0o755)  # the node may run as a user of its own
+        ca, certificate, key = _certificates(folder)
+        definitions = folder / "definitions.json"
+        definitions.write_text(json.dumps(_definitions(tuple(members))))
+        tls = TlsFiles(ca=ca, certificate=certificate, key=key)
+        with BrokerNode(folder / "node", name="benchmark", tls=tls, definitions=definitions) as node:
+            yield Broker(node, ca)
+
+
+def _definitions(members: tuple[str, ...]) -> dict[str, Any]:
+    """What an operator grants the parties of a federation, and a user for the plain programs."""
+    place = {"vhost": "/"}
+    guest = {"user": "guest", "configure": ".*", "write": ".*", "read": ".*", **place}
+    exchange = {"type": "topic", "durable": True, "auto_delete": False, "internal": False, "arguments": {}, **place}
+    return {
+        "vhosts": [{"name": "/"}],
+        "users": [_user("guest", "guest"), *(_user(party, _PASSWORD) for party in members)],
+        "permissions": [guest, *({"user": party, **asdict(permissions_of(party)), **place} for party in members)],
+        "topic_permissions": [
+            {"user": party, **asdict(entry), **place}
+            for party in members
+            for entry in topic_permissions_of(party, members)
+        ],
+        "exchanges": [{"name": exchange_of(party), **exchange} for party in members],
+    }
+
+
+def _user(name: str, password: str) -> dict[str, Any]:
+    salt = os.urandom(4)
+    hashed = b64encode(salt + hashlib.sha256(salt + password.encode()).digest()).decode()
+    algorithm = "rabbit_password_hashing_sha256"
+    return {"name": name, "password_hash": hashed, "hashing_algorithm": algorithm, "tags": ""}
+
+
+def _certificates(folder: Path) -> tuple[Path, Path, Path]:
+    """A certificate authority, and certificate and key of a server on this machine's loopback; PEM files."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    start = datetime.now(UTC) - timedelta(hours=1)
+    issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "benchmark authority")])
+    server = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    names = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1"))])
+    authority, own = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+
+    def made(subject: x509.Name, key: ec.EllipticCurvePrivateKey, extension: x509.ExtensionType) -> bytes:
+        builder = x509.CertificateBuilder(issuer, subject, key.public_key(), x509.random_serial_number())
+        builder = builder.not_valid_before(start).not_valid_after(start + timedelta(days=2))
+        signed = builder.add_extension(extension, critical=False).sign(authority, hashes.SHA256())
+        return signed.public_bytes(serialization.Encoding.PEM)
+
+    plain = serialization.NoEncryption()
+    files = {
+        "ca.pem": made(issuer, authority, x509.BasicConstraints(ca=True, path_length=0)),
+        "server.pem": made(server, own, names),
+        "server.key": own.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain),
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    ca, certificate, key = (folder / name for name in files)
+    return ca, certificate, key
+
+
+# --- programs side by side ---------------------------------------------------------------------------------------
+
+
+def together(
+    commands: Mapping[str, Sequence[str | Path]], *, timeout: float, env: Mapping[str, str] | None = None
+) -> dict[str, Child]:
+    """Run programs at the same time, each to its end; the last line of each is a JSON object.
+
+    Raises:
+        SystemExit: one failed, or took longer than `timeout` seconds; none is left running.
+    """
+    started = time.monotonic()
+    own = dict(env) if env is not None else environment()
+    with tempfile.TemporaryDirectory() as scratch:
+        running: dict[str, subprocess.Popen[bytes]] = {}
+        try:
+            for name, command in commands.items():
+                with Path(scratch, f"{name}.out").open("wb") as out, Path(scratch, f"{name}.err").open("wb") as err:
+                    words = [str(word) for word in command]
+                    running[name] = subprocess.Popen(words, stdout=out, stderr=err, env=own)
+            _wait_for_all(running, started + timeout, Path(scratch))
+            return {name: _child(started, name, Path(scratch)) for name in commands}
+        finally:
+            for process in running.values():
+                process.kill()  # does nothing to one that has ended
+            for process in running.values():
+                process.wait()
+
+
+def _wait_for_all(running: Mapping[str, subprocess.Popen[bytes]], end: float, scratch: Path) -> None:
+    while waiting := [name for name, process in running.items() if process.poll() is None]:
+        _check_ended_well(running, scratch)
+        if time.monotonic() > end:
+            raise SystemExit(f"{', '.join(waiting)} took too long{_words(waiting, scratch)}")
+        time.sleep(0.05)
+    _check_ended_well(running, scratch)
+
+
+def _check_ended_well(running: Mapping[str, subprocess.Popen[bytes]], scratch: Path) -> None:
+    failed = [name for name, process in running.items() if process.poll()]
+    if failed:
+        raise SystemExit(f"{failed[0]} ended with {running[failed[0]].poll()}{_words(running, scratch)}")
+
+
+def _words(names: Sequence[str] | Mapping[str, object], scratch: Path) -> str:
+    """The end of what each said on stderr."""
+    return "".join(f"\n--- {name}\n{(scratch / f'{name}.err').read_text()[-2000:]}" for name in names)
+
+
+def _child(started: float, name: str, scratch: Path) -> Child:
+    lines = (scratch / f"{name}.out").read_text().strip().splitlines()
+    seconds = time.monotonic() - started
+    return Child(started, seconds, json.loads(lines[-1]) if lines else {}, (scratch / f"{name}.err").read_text())

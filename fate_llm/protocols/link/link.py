@@ -1,0 +1,506 @@
+"""A transport on top of a transport: private, exact, and in pieces.
+
+What goes in is a message of any size to another party; what comes out at the other end is the same bytes once, in the
+order they were sent. In between there may be brokers that lose, repeat, delay, read, change or invent frames.
+
+Rules:
+ 1. The parties agree on a key per pair and job attempt (`security.agreement`); nothing else travels unsealed.
+ 2. A message is cut into chunks, each sealed by itself, numbered per direction. Memory beyond the message itself is a
+    few chunks on either side.
+ 3. A chunk is in the outbox before it is sent, and is sent again, if ever, byte for byte as it was.
+ 4. A chunk is acknowledged to the transport only after it is in the inbox, on disk.
+ 5. A message is delivered once in the life of a job's folder, unless its reader did not acknowledge it.
+ 6. Whatever does not open, or is out of place, is refused: counted, reported to the observer, and dropped. What is
+    missing then is asked for like anything that got lost.
+ 7. A party that answers no probe for `Timing.silence` seconds is gone, and whoever waits for it is told. While our own
+    transport has no connection, nobody's silence counts.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fate_llm.core.canonical import canonical_json
+from fate_llm.core.errors import (
+    ConflictingDuplicate,
+    FateError,
+    FederationError,
+    InternalError,
+    PeerFailed,
+    PeerRestarted,
+    PeerViolation,
+    TransportClosed,
+)
+from fate_llm.core.interfaces import Buffer, Delivery, Progress, Transport
+from fate_llm.security.identity import Identity, PublicIdentity
+
+from .flow import Verdict
+from .frames import CHUNK, HEADER, Header, Kind, Report, ReportKind, read_header
+from .peer import Message, Peer, cut
+from .session import Session
+
+__all__ = ["LinkCounters", "SecureLink", "Timing"]
+
+Observer = Callable[[str, Mapping[str, Any]], None]
+OnGone = Callable[[str, str, str], None]
+_AGREE = Header(Kind.AGREE).to_bytes()
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds. None of them bounds how long a transfer or a round may take.
+
+    meet: until another party's first word. silence: without any sign of life from a party that was there.
+    keepalive: of quiet, after which a party is asked for a sign of life. probe: without progress, after which a
+    receiver is asked what it has. report: until received chunks are reported if nothing else goes that way.
+    linger: at the end, without progress, before messages that nobody has reported are given up.
+    """
+
+    meet: float = 300.0
+    silence: float = 120.0
+    keepalive: float = 30.0
+    probe: float = 2.0
+    report: float = 0.2
+    linger: float = 10.0
+
+
+@dataclass(slots=True)
+class LinkCounters:
+    """Traffic with one other party. bytes: of messages, before sealing."""
+
+    messages_sent: int = 0
+    messages_received: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    chunks_sent_again: int = 0
+    duplicates: int = 0
+    early: int = 0
+    refused: int = 0
+
+
+class SecureLink:
+    """Satisfies `core.interfaces.Transport`. One per party, job and attempt; it owns the transport below.
+
+    identity, roster: this party's key, and everybody's pinned public keys. folder: this party's journal of the job's
+    attempt; a process that finds one goes on where the last one was. unreported: bytes on the way to one party beyond
+    which `send` waits. window: chunks held that came before their turn. on_gone: told once of a party that will not
+    be heard again: its name, an error code, and words.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        job: str,
+        attempt: int,
+        party: str,
+        identity: Identity,
+        roster: Mapping[str, PublicIdentity],
+        folder: Path,
+        timing: Timing = Timing(),
+        chunk: int = CHUNK,
+        unreported: int = 32 * CHUNK,
+        window: int = 4,
+        clock: Callable[[], float] = time.monotonic,
+        epoch: Callable[[], int] = time.time_ns,
+        observer: Observer | None = None,
+        on_gone: OnGone | None = None,
+    ) -> None:
+        self.party = party
+        self.counters = {name: LinkCounters() for name in roster if name != party}
+        self._transport = transport
+        self._timing, self._chunk, self._unreported, self._clock = timing, chunk, unreported, clock
+        self._observer, self._on_gone = observer, on_gone
+        context = canonical_json(
+            {"job": job, "attempt": attempt, "roster": {name: key.to_text() for name, key in roster.items()}}
+        )
+        self._session = Session(
+            folder / "session", me=party, identity=identity, roster=roster, context=context, first_epoch=epoch
+        )
+        self._agreement = self._session.agreement
+        self._changed = threading.Condition()
+        self._ready: deque[Delivery] = deque()
+        self._early: dict[tuple[str, int], tuple[Header, Delivery]] = {}
+        self._window = window
+        self._to_ack: list[Delivery] = []
+        self._broken: FateError | None = None
+        self._closing = False
+        self._peers = {
+            name: Peer(name, folder=folder / name, epoch=self._session.epoch, probe=timing.probe, window=window)
+            for name in self.counters
+        }
+        now = clock()
+        self._started = self._greeted = now
+        for peer in self._peers.values():
+            self._resume(peer, now)
+        for peer in self._peers.values():
+            self._greet(peer)
+        self._pump = threading.Thread(target=self._run, name=f"link-{party}", daemon=True)
+        self._pump.start()
+
+    def _resume(self, peer: Peer, now: float) -> None:
+        """Take up what an earlier process of this party left in its folder."""
+        peer.heard = now
+        secret = self._agreement.secret(peer.name)
+        if secret is None:
+            return
+        peer.establish(secret, self.party)
+        for header, position, frame in peer.recover(now):
+            message = peer.take(header, memoryview(frame), again=True)
+            peer.remember(position)
+            if message is not None:
+                self._hand_over(peer, message)
+
+    # --- the seam -------------------------------------------------------------------------------------------
+
+    @property
+    def connected(self) -> bool:
+        return self._transport.connected
+
+    def send(self, receiver: str, parts: Sequence[Buffer]) -> int:
+        """Send one message; returns its bytes when all of it is sealed, on disk and on its way.
+
+        Waits for the receiver's first word, and while too much is on the way to it. To a party that has said goodbye
+        nothing is sent any more.
+
+        Raises:
+            PeerFailed: the receiver is gone. TransportClosed: the link was closed, or its transport gave up.
+        """
+        peer = self._peers.get(receiver)
+        if peer is None:
+            raise FederationError(f"{receiver} is not a party of this job")
+        size = sum(memoryview(part).nbytes for part in parts)
+        with peer.sending:
+            self._wait_for(peer, lambda: peer.ready)
+            peer.last_message += 1
+            offset = 0
+            for piece in cut(parts, self._chunk):
+                self._wait_for(peer, lambda: peer.outflow.waiting_bytes < self._unreported)
+                if peer.left:
+                    return size
+                number, position, frame = peer.seal(piece, peer.last_message, size, offset)
+                with self._changed:
+                    peer.outflow.add(number, position, len(frame), self._clock())
+                    peer.unreported, peer.report_due = 0, None
+                self._transport.send(receiver, [frame])
+                offset += len(piece)
+            counters = self.counters[receiver]
+            counters.messages_sent += 1
+            counters.bytes_sent += size
+        return size
+
+    def _wait_for(self, peer: Peer, condition: Callable[[], bool]) -> None:
+        with self._changed:
+            while True:
+                self._raise_if_broken()
+                if peer.gone is not None:
+                    raise PeerFailed(f"{peer.name} cannot be sent to: {peer.gone}")
+                if peer.left or condition():
+                    return
+                self._changed.wait()
+
+    def receive(self, timeout: float | None) -> Delivery | None:
+        until = None if timeout is None else self._clock() + timeout
+        with self._changed:
+            while not self._ready:
+                self._raise_if_broken()
+                remaining = None if until is None else until - self._clock()
+                if remaining is not None and remaining <= 0:
+                    return None
+                self._changed.wait(remaining)
+            return self._ready.popleft()
+
+    def ack(self, delivery: Delivery) -> None:
+        if isinstance(delivery.tag, _Tag) and delivery.tag.link is self and not self._closing:
+            self._peers[delivery.sender].acknowledge(delivery.tag.message)
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until every party that is still there has reported all that was sent to it.
+
+        timeout: seconds without any progress after which False is returned; None: `Timing.linger`.
+        """
+        limit = self._timing.linger if timeout is None else timeout
+        with self._changed:
+            waiting = [p for p in self._peers.values() if p.ready and p.outflow.waiting_bytes]
+        for peer in waiting:
+            self._tell(peer, ReportKind.PROBE)
+        left, since = -1, self._clock()
+        with self._changed:
+            while True:
+                pending = [p for p in self._peers.values() if p.gone is None and not p.left]
+                now_left = sum(p.outflow.waiting_bytes for p in pending)
+                if not now_left or self._broken is not None:
+                    return not now_left
+                if now_left != left:
+                    left, since = now_left, self._clock()
+                remaining = since + limit - self._clock()
+                if remaining <= 0:
+                    return False
+                self._changed.wait(remaining)
+
+    def forget(self, receiver: str) -> None:
+        with self._changed:
+            self._peers[receiver].left = True
+            self._changed.notify_all()
+        self._transport.forget(receiver)
+
+    def progress(self, sender: str) -> Progress | None:
+        peer = self._peers.get(sender)
+        found = peer.inflow.progress if peer is not None else None
+        return None if found is None else Progress(*found)
+
+    def close(self, *, finished: bool = False) -> None:
+        """Stop. finished: wait for the others to have everything, say goodbye, and leave no journal behind.
+
+        Without it the journal stays, and the next process of this party takes it up. Closing twice is fine.
+        """
+        if self._closing:
+            return
+        if finished:
+            self.flush()
+            for peer in self._peers.values():
+                if peer.ready and not peer.left and peer.gone is None:
+                    self._tell(peer, ReportKind.BYE)
+            self._transport.flush(self._timing.linger)
+        self._closing = True
+        self._transport.close(finished=finished)
+        if threading.current_thread() is not self._pump:
+            self._pump.join()
+        with self._changed:
+            self._broken = self._broken or TransportClosed(f"the link of {self.party} is closed")
+            self._changed.notify_all()
+        for peer in self._peers.values():
+            with peer.sending:
+                peer.close(remove=finished)
+        if finished:
+            self._session.remove()
+
+    def _raise_if_broken(self) -> None:
+        if self._broken is not None:
+            raise self._broken
+
+    # --- the pump: everything that comes in, and the clock --------------------------------------------------
+
+    def _run(self) -> None:
+        tick = min(self._timing.report, self._timing.probe / 2)
+        try:
+            while True:
+                delivery = self._transport.receive(0.0 if self._to_ack else tick)
+                if delivery is not None:
+                    self._take(delivery)
+                if delivery is None or len(self._to_ack) >= self._window:
+                    self._settle()
+                self._tick()
+        except FateError as error:
+            self._break(error)
+        # The boundary of a thread: whoever waits must see why nothing comes any more.
+        except Exception as error:
+            self._break(InternalError(f"the link stopped: {type(error).__name__}: {error}"))
+
+    def _break(self, error: FateError) -> None:
+        with self._changed:
+            self._broken = self._broken or error
+            self._changed.notify_all()
+
+    def _settle(self) -> None:
+        """Acknowledge what is on disk by now."""
+        for peer in {d.sender: self._peers[d.sender] for d in self._to_ack if d.sender in self._peers}.values():
+            peer.sync()
+        for delivery in self._to_ack:
+            self._transport.ack(delivery)
+        self._to_ack.clear()
+
+    def _take(self, delivery: Delivery) -> None:
+        """One frame. It is acknowledged later, except where it is held before its turn."""
+        try:
+            if not self._heard(delivery):
+                return
+        except PeerViolation as error:
+            self._refuse(delivery.sender, error)
+        self._to_ack.append(delivery)
+
+    def _heard(self, delivery: Delivery) -> bool:
+        """Whether the frame is done with (and not held)."""
+        peer = self._peers.get(delivery.sender)
+        if peer is None:
+            raise PeerViolation(f"a frame from {delivery.sender!r}, who is not a party of this job")
+        header = read_header(delivery.body, chunk=self._chunk)
+        if header.kind is Kind.AGREE:
+            self._agree(peer, bytes(delivery.body[HEADER:]))
+            return True
+        if not peer.ready:
+            return True  # it will be asked for again once there is a key
+        peer.check_session(header)
+        if header.kind is Kind.CONTROL:
+            report = peer.open_report(header, delivery.body)
+            if report is None:
+                self.counters[peer.name].duplicates += 1
+            else:
+                self._reported(peer, report)
+            return True
+        return self._chunk_came(peer, header, delivery)
+
+    def _chunk_came(self, peer: Peer, header: Header, delivery: Delivery) -> bool:
+        counters = self.counters[peer.name]
+        verdict = peer.inflow.verdict(header.number)
+        if verdict is Verdict.TWICE:
+            counters.duplicates += 1
+            if not peer.same_as_before(header, delivery.body):
+                raise ConflictingDuplicate(f"chunk {header.number} of {peer.name} came twice with other content")
+        elif verdict is Verdict.EARLY and len(self._early) < self._window:
+            counters.early += 1
+            known = (peer.name, header.number) in self._early
+            if not known:
+                self._early[peer.name, header.number] = (header, delivery)
+            return known
+        elif verdict is Verdict.NEXT:
+            self._next_chunk(peer, header, delivery.body)
+            while (held := self._early.pop((peer.name, peer.inflow.received + 1), None)) is not None:
+                self._to_ack.append(held[1])
+                self._next_chunk(peer, held[0], held[1].body)
+        return True
+
+    def _next_chunk(self, peer: Peer, header: Header, frame: memoryview) -> None:
+        message = peer.take(header, frame)
+        self._alive(peer, header.received)
+        with self._changed:
+            peer.unreported += len(frame)
+            if peer.report_due is None:
+                peer.report_due = self._clock() + self._timing.report
+        if message is not None:
+            self._hand_over(peer, message)
+        if peer.unreported >= self._unreported // 4:
+            self._tell(peer, ReportKind.RECEIPT)
+
+    def _hand_over(self, peer: Peer, message: Message) -> None:
+        counters = self.counters[peer.name]
+        counters.messages_received += 1
+        counters.bytes_received += len(message.body)
+        with self._changed:
+            tag = _Tag(self, message.number)
+            self._ready.append(Delivery(peer.name, message.body, tag, redelivered=message.again))
+            self._changed.notify_all()
+
+    def _agree(self, peer: Peer, content: bytes) -> None:
+        before = self._agreement.to_bytes()
+        try:
+            replies = self._agreement.hear(peer.name, content)
+        except PeerRestarted as error:
+            self._gone(peer, error.code, "was started again without its journal, and cannot go on with this attempt")
+            raise
+        if self._agreement.to_bytes() != before:
+            self._session.save()
+        for reply in replies:
+            self._transport.send(peer.name, [_AGREE, reply])
+        secret = self._agreement.secret(peer.name)
+        if secret is not None and not peer.ready:
+            with self._changed:
+                peer.establish(secret, self.party)
+                peer.heard = self._clock()
+                self._changed.notify_all()
+
+    def _reported(self, peer: Peer, report: Report) -> None:
+        now = self._clock()
+        self._alive(peer, report.received)
+        if report.kind is ReportKind.PROBE:
+            missing = peer.inflow.received < report.sent
+            self._tell(peer, ReportKind.ASK if missing else ReportKind.ANSWER)
+        elif report.kind in (ReportKind.ASK, ReportKind.ANSWER):
+            with self._changed:
+                peer.outflow.answered(now)
+            if report.kind is ReportKind.ASK:
+                self._send_again(peer, report)
+        elif report.kind is ReportKind.BYE:
+            if peer.inflow.received < report.sent:  # it will not answer; what is missing never comes
+                self._gone(
+                    peer, PeerFailed.code, f"left before its last {report.sent - peer.inflow.received} chunks came"
+                )
+            with self._changed:
+                peer.left = True
+                self._changed.notify_all()
+            self._transport.forget(peer.name)
+
+    def _send_again(self, peer: Peer, report: Report) -> None:
+        for position in peer.outflow.missing(report.received, report.sent):
+            self.counters[peer.name].chunks_sent_again += 1
+            self._transport.send(peer.name, [peer.kept(position)])
+
+    def _alive(self, peer: Peer, received: int) -> None:
+        """A frame of the party opened: it lives, and has come so far."""
+        with self._changed:
+            peer.heard = self._clock()
+            done = peer.outflow.reported(received, peer.heard)
+            self._changed.notify_all()
+        peer.forget(done)
+
+    def _refuse(self, sender: str, error: PeerViolation) -> None:
+        if sender in self.counters:
+            self.counters[sender].refused += 1
+        if self._observer is not None:
+            self._observer("refused", {"party": sender[:80], "code": error.code, "message": error.message})
+
+    # --- the clock ------------------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        now = self._clock()
+        if not self._transport.connected:
+            self._started = max(self._started, now - self._timing.meet / 2)
+            for peer in self._peers.values():
+                peer.heard = now
+            return
+        greet = now - self._greeted >= 4 * self._timing.probe
+        self._greeted = now if greet else self._greeted
+        for peer in self._peers.values():
+            if peer.gone is not None or peer.left:
+                continue
+            if peer.ready:
+                self._tick_peer(peer, now)
+            elif now - self._started > self._timing.meet:
+                self._gone(peer, "silent", f"has not come within {self._timing.meet:g} s")
+            elif greet:
+                self._greet(peer)
+
+    def _tick_peer(self, peer: Peer, now: float) -> None:
+        quiet = now - peer.heard
+        if quiet > self._timing.silence:
+            self._gone(peer, "silent", f"has given no sign of life for {quiet:.0f} s")
+        elif peer.outflow.probe_due(now) or (quiet > self._timing.keepalive < now - peer.asked):
+            with self._changed:
+                peer.outflow.probed(now)
+                peer.asked = now
+            self._tell(peer, ReportKind.PROBE)
+        elif peer.report_due is not None and now >= peer.report_due:
+            self._tell(peer, ReportKind.RECEIPT)
+
+    def _greet(self, peer: Peer) -> None:
+        if not peer.ready:
+            self._transport.send(peer.name, [_AGREE, self._agreement.hello(peer.name)])
+
+    def _tell(self, peer: Peer, kind: ReportKind) -> None:
+        with self._changed:
+            peer.unreported, peer.report_due = 0, None
+            frame = peer.report(kind)
+        self._transport.send(peer.name, [frame])
+
+    def _gone(self, peer: Peer, code: str, why: str) -> None:
+        with self._changed:
+            if peer.gone is not None or peer.left:
+                return
+            peer.gone = why
+            self._changed.notify_all()
+        if self._on_gone is not None:
+            self._on_gone(peer.name, code, why)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Tag:
+    """Ties an acknowledgement to the link that delivered."""
+
+    link: SecureLink
+    message: int

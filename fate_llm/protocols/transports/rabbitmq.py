@@ -1,0 +1,702 @@
+"""Transport over RabbitMQ: the one file that knows pika.
+
+One connection per party, served by one thread of its own: training never runs on it, so heartbeats are answered
+whatever the rest of the process does. Other threads hand their calls over with `add_callback_threadsafe`.
+
+Rules:
+ 1. Names and bindings are those of `protocols.broker_layout`. Publishing is persistent, mandatory and confirmed;
+    confirms are not waited for one by one. `user_id` is set, so that the broker vouches for the sender.
+ 2. What is not confirmed when a connection ends is published again, in order, on the next one. The receiver may see
+    it twice.
+ 3. Each receiver has a lane. A lane whose receiver has no inbox yet keeps its frames and tries again, one frame at a
+    time; the others are not held up. After every (re)connection a lane begins with one frame, too, so that order is
+    kept when the first comes back.
+ 4. An acknowledgement belongs to the connection that delivered; after a reconnect it is dropped, and the frame comes
+    again.
+ 5. A broker that blocks publishers (memory or disk alarm) is waited for. A queue that an operator deletes is made
+    anew; what was in it is for the layer above to ask for again.
+ 6. Only what can pass is tried again: a refused password, a missing virtual host, a certificate that does not verify
+    end the transport at once with an error that says what to do.
+ 7. Without TLS only on loopback, and only when the address says `plaintext=loopback`.
+"""
+
+from __future__ import annotations
+
+import functools
+import ipaddress
+import logging
+import ssl
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+import pika
+import pika.exceptions
+from pika.adapters.select_connection import SelectConnection
+
+from fate_llm.core.errors import BrokerLost, BrokerRefused, ConfigurationError, FateError, TransportClosed
+from fate_llm.core.interfaces import Buffer, Delivery, Progress
+from fate_llm.core.names import nearest
+
+from ..broker_layout import control_inbox, control_key, exchange_of, job_inbox, job_key
+
+__all__ = ["PLUGIN", "BrokerAddress", "RabbitTransport"]
+
+_RECEIVE_BYTES = 256 * 1024  # pika reads 4096 bytes at a time, which makes large messages slow
+_EXCHANGE_PREFIX = exchange_of("")
+_OPTIONS = ("plaintext", "cacertfile", "certfile", "keyfile", "server_name", "heartbeat", "queues")
+logging.getLogger("pika").setLevel(logging.CRITICAL)  # what matters is raised or reported here
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerAddress:
+    """Where a party's broker is, and as whom it logs in. password is never shown.
+
+    ca_file, cert_file, key_file: PEM; without ca_file the system's authorities count. server_name: the name in the
+    broker's certificate, when it is not the host. queues: `classic`, or `quorum` for a broker of several nodes.
+    heartbeat: seconds.
+    """
+
+    host: str
+    port: int
+    vhost: str
+    user: str
+    password: str = field(repr=False)
+    tls: bool = True
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
+    server_name: str | None = None
+    heartbeat: int = 30
+    queues: str = "classic"
+
+    @classmethod
+    def from_url(cls, url: str, *, password: str | None = None, ca_file: str | None = None) -> BrokerAddress:
+        """`amqps://user:password@host:5671/vhost?cacertfile=...&certfile=...&keyfile=...&heartbeat=30&queues=quorum`.
+
+        Without TLS, on this machine only: `amqp://...@127.0.0.1:5672/vhost?plaintext=loopback`.
+
+        Raises:
+            ConfigurationError: another form, an unknown option, or no TLS where it has to be. The password is not
+                repeated.
+        """
+        parts = urlsplit(url)
+        shown = f"{parts.scheme}://...@{parts.hostname}"
+        if parts.scheme not in ("amqp", "amqps") or not parts.hostname:
+            raise ConfigurationError(
+                f"{shown} is no broker's address", hint="valid: amqps://user:password@host:5671/vhost"
+            )
+        options = dict(parse_qsl(parts.query, keep_blank_values=True))
+        for name in options:
+            if name not in _OPTIONS:
+                raise ConfigurationError(
+                    f"the broker's address has an unknown option {name!r}", hint=nearest(name, _OPTIONS)
+                )
+        tls = parts.scheme == "amqps"
+        if not tls:
+            _require_loopback(parts.hostname, options.get("plaintext"))
+        try:
+            port = parts.port or (5671 if tls else 5672)
+            heartbeat = int(options.get("heartbeat", "30"))
+        except ValueError:
+            raise ConfigurationError(f"{shown}: port and heartbeat are whole numbers") from None
+        queues = options.get("queues", "classic")
+        if queues not in ("classic", "quorum") or not 0 < heartbeat <= 3600:
+            raise ConfigurationError(f"{shown}: queues is classic or quorum, heartbeat 1 to 3600 seconds")
+        return cls(
+            parts.hostname,
+            port,
+            unquote(parts.path[1:]) or "/",
+            unquote(parts.username or "guest"),
+            password if password is not None else unquote(parts.password or "guest"),
+            tls,
+            ca_file or options.get("cacertfile"),
+            options.get("certfile"),
+            options.get("keyfile"),
+            options.get("server_name"),
+            heartbeat,
+            queues,
+        )
+
+    def __str__(self) -> str:
+        return f"{'amqps' if self.tls else 'amqp'}://{self.user}@{self.host}:{self.port}/{self.vhost}"
+
+    def parameters(self) -> pika.ConnectionParameters:
+        """For pika; certificates are read now.
+
+        Raises:
+            ConfigurationError: a certificate file that cannot be read.
+        """
+        return pika.ConnectionParameters(
+            host=self.host,
+            port=self.port,
+            virtual_host=self.vhost,
+            credentials=pika.PlainCredentials(self.user, self.password, erase_on_connect=False),
+            heartbeat=self.heartbeat,
+            ssl_options=self._ssl_options() if self.tls else None,
+            blocked_connection_timeout=None,
+            connection_attempts=1,
+            socket_timeout=10.0,
+            stack_timeout=15.0,
+            client_properties={"product": "fate_llm"},
+        )
+
+    def _ssl_options(self) -> pika.SSLOptions:
+        try:
+            context = ssl.create_default_context(cafile=self.ca_file)
+            context.minimum_version = ssl.TLSVersion.TLSv1_2
+            if self.cert_file:
+                context.load_cert_chain(self.cert_file, self.key_file)
+        except (OSError, ssl.SSLError) as error:
+            files = ", ".join(filter(None, (self.ca_file, self.cert_file, self.key_file)))
+            raise ConfigurationError(f"the certificates for {self} cannot be read ({files}): {error}") from None
+        return pika.SSLOptions(context, self.server_name or self.host)
+
+
+def _require_loopback(host: str, plaintext: str | None) -> None:
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise ConfigurationError(
+            f"amqp:// to {host} would send passwords in clear",
+            hint="Use amqps://; without TLS only a broker on this machine is spoken to.",
+        )
+    if plaintext != "loopback":
+        raise ConfigurationError(
+            "amqp:// has no TLS",
+            hint="Use amqps://, or say that you mean it, for a broker on this machine: ?plaintext=loopback",
+        )
+
+
+@dataclass(slots=True)
+class _Frame:
+    body: bytes | bytearray
+    again: bool = False
+
+
+class _Lane:
+    """Frames to one receiver: waiting, and published but not confirmed (by delivery tag, in order)."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[_Frame] = deque()
+        self.flying: OrderedDict[int, _Frame] = OrderedDict()
+        self.bytes = 0
+        self.proven = False  # a frame has been taken by an inbox on this connection
+        self.returned: list[_Frame] = []
+        self.pause = 0.0
+        self.retry_planned = False
+        self.forgotten = False  # the receiver has left
+
+
+@dataclass(slots=True)
+class TransportCounters:
+    """What one party's connection has done."""
+
+    published: int = 0
+    confirmed: int = 0
+    returned: int = 0
+    delivered: int = 0
+    redelivered: int = 0
+    reconnects: int = 0
+    blocked: int = 0
+
+
+class RabbitTransport:
+    """Satisfies `core.interfaces.Transport`: one party's end of one job (or of the control inboxes: job None).
+
+    members: every party of the job. expires: seconds after which an inbox that nobody reads is deleted. prefetch:
+    frames delivered before one is acknowledged. window: bytes under way to one receiver beyond which `send` waits.
+    meet: seconds until the first connection; outage: seconds without a broker after which the job gives up.
+    """
+
+    def __init__(
+        self,
+        address: BrokerAddress,
+        *,
+        party: str,
+        members: Sequence[str],
+        job: str | None,
+        expires: float = 24 * 3600.0,
+        prefetch: int = 8,
+        window: int = 8 * 1024 * 1024,
+        meet: float = 30.0,
+        outage: float = 300.0,
+        observer: Callable[[str, Mapping[str, Any]], None] | None = None,
+    ) -> None:
+        self.party = party
+        self.counters = TransportCounters()
+        self._address = address
+        self._members = tuple(members)
+        self._job = job
+        self._inbox = job_inbox(party, job) if job is not None else control_inbox(party)
+        self._expires, self._prefetch, self._window, self._outage = expires, prefetch, window, outage
+        self._observer = observer
+        self._changed = threading.Condition()
+        self._lanes = {member: _Lane() for member in members}
+        self._incoming: deque[Delivery] = deque()
+        self._generation = 0
+        self._connected = False
+        self._blocked = False
+        self._closing = False
+        self._remove = False
+        self._error: FateError | None = None
+        self._reason: BaseException | None = None
+        self._connection: Any = None
+        self._channel: Any = None
+        self._prepare(meet)
+        self._thread = threading.Thread(target=self._serve, name=f"rabbitmq-{party}", daemon=True)
+        self._thread.start()
+        with self._changed:
+            self._changed.wait_for(lambda: self._connected or self._error is not None)
+        if self._error is not None:
+            raise self._error
+
+    # --- the seam -------------------------------------------------------------------------------------------
+
+    @property
+    def connected(self) -> bool:
+        return self._connected and not self._blocked
+
+    def send(self, receiver: str, parts: Sequence[Buffer]) -> int:
+        lane = self._lanes.get(receiver)
+        if lane is None:
+            raise ConfigurationError(f"{receiver} is not a party of job {self._job}")
+        single = parts[0] if len(parts) == 1 else None
+        body = single if isinstance(single, bytes) else b"".join(parts)
+        size = len(body)
+        with self._changed:
+            self._changed.wait_for(lambda: lane.bytes < self._window or self._over())
+            self._raise_if_over()
+            if lane.forgotten:
+                return size
+            lane.bytes += size
+            lane.waiting.append(_Frame(body))
+        self._call(functools.partial(self._publish_lane, receiver))
+        return size
+
+    def flush(self, timeout: float | None = None) -> bool:
+        with self._changed:
+            return (
+                self._changed.wait_for(
+                    lambda: self._over() or not any(lane.bytes for lane in self._lanes.values()), timeout
+                )
+                and not self._over()
+            )
+
+    def receive(self, timeout: float | None) -> Delivery | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._incoming or self._over(), timeout)
+            if self._incoming:
+                return self._incoming.popleft()
+            self._raise_if_over()
+            return None
+
+    def ack(self, delivery: Delivery) -> None:
+        tag = delivery.tag
+        if isinstance(tag, _Tag) and tag.transport is self:
+            self._call(functools.partial(self._ack, tag))
+
+    def forget(self, receiver: str) -> None:
+        with self._changed:
+            lane = self._lanes[receiver]
+            lane.forgotten, lane.bytes = True, 0
+            lane.waiting.clear()
+            lane.returned.clear()
+            lane.flying.clear()
+            self._changed.notify_all()
+
+    def progress(self, sender: str) -> Progress | None:
+        return None  # frames come whole
+
+    def close(self, *, finished: bool = False) -> None:
+        with self._changed:
+            if self._closing:
+                return
+            self._closing, self._remove = True, finished
+            self._changed.notify_all()
+        self._call(self._leave)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(20.0)
+
+    def _over(self) -> bool:
+        return self._closing or self._error is not None
+
+    def _raise_if_over(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._closing:
+            raise TransportClosed(f"the transport of {self.party} is closed")
+
+    def _tell(self, event: str, **fields: Any) -> None:
+        if self._observer is not None:
+            self._observer(event, fields)
+
+    # --- before the first connection ------------------------------------------------------------------------
+
+    def _prepare(self, meet: float) -> None:
+        """Log in once, plainly, so that what is wrong is said at once; make exchanges where that is allowed."""
+        until = time.monotonic() + meet
+        pause = 0.1
+        while True:
+            try:
+                self._check_layout()
+            except pika.exceptions.AMQPError as error:
+                refused = _refusal(error, self._address)
+                if refused is not None:
+                    raise refused from None
+                if time.monotonic() >= until:
+                    text = f"the broker {self._address} cannot be reached: {_words(error)}"
+                    raise BrokerLost(text) from None
+            else:
+                return
+            time.sleep(pause)
+            pause = min(2 * pause, 2.0)
+
+    def _check_layout(self) -> None:
+        connection = pika.BlockingConnection(self._address.parameters())
+        try:
+            for member in self._members:
+                name = exchange_of(member)
+                try:
+                    connection.channel().exchange_declare(name, passive=True)
+                except pika.exceptions.ChannelClosedByBroker as error:
+                    if error.reply_code != 404:
+                        raise
+                    _make_exchange(connection, name, member)
+        finally:
+            if connection.is_open:
+                connection.close()
+
+    # --- the thread of the connection -----------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        """Keep a connection until the transport is closed or gives up."""
+        lost_at = time.monotonic()
+        pause = 0.05
+        while not self._over():
+            before = self._generation
+            try:
+                self._run_connection()
+            # The boundary of a thread: whoever waits must see why nothing moves any more.
+            except Exception as error:
+                self._reason = self._reason or error
+            was_up = self._generation > before
+            self._disconnected()
+            if self._over():
+                break
+            if was_up:
+                lost_at, pause = time.monotonic(), 0.05
+            refused = _refusal(self._reason, self._address)
+            if refused is not None:
+                self._fail(refused)
+            elif time.monotonic() - lost_at > self._outage:
+                why = _words(self._reason)
+                self._fail(BrokerLost(f"the broker {self._address} has been away for {self._outage:g} s: {why}"))
+            else:
+                self._tell("broker_away", seconds=round(time.monotonic() - lost_at, 1), why=_words(self._reason))
+                time.sleep(pause)
+                pause = min(2 * pause, 2.0)
+
+    def _run_connection(self) -> None:
+        self._reason = None
+        connection = SelectConnection(
+            self._address.parameters(),
+            on_open_callback=self._opened,
+            on_open_error_callback=self._ended,
+            on_close_callback=self._ended,
+        )
+        connection.add_on_connection_blocked_callback(lambda *_: self._set_blocked(True))
+        connection.add_on_connection_unblocked_callback(lambda *_: self._set_blocked(False))
+        with self._changed:
+            self._connection = connection
+        connection.ioloop.start()
+
+    def _opened(self, connection: Any) -> None:
+        _read_in_large_pieces(connection)
+        connection.channel(on_open_callback=self._channel_opened)
+
+    def _channel_opened(self, channel: Any) -> None:
+        self._channel = channel
+        channel.add_on_close_callback(self._channel_closed)
+        channel.add_on_return_callback(self._returned)
+        channel.add_on_cancel_callback(self._queue_vanished)
+        channel.confirm_delivery(self._confirmed)
+        channel.basic_qos(prefetch_count=self._prefetch)
+        self._declare_inbox()
+
+    def _declare_inbox(self) -> None:
+        """Make the inbox, bind it to everybody's exchange, read it. Done again when an operator has deleted it."""
+        channel = self._channel
+        arguments: dict[str, Any] = {"x-queue-type": self._address.queues}
+        if self._job is not None:
+            arguments["x-expires"] = int(self._expires * 1000)
+        channel.queue_declare(self._inbox, durable=True, arguments=arguments, callback=lambda _: None)
+        key = job_key(self.party, self._job) if self._job is not None else control_key(self.party)
+        for member in self._members:
+            channel.queue_bind(self._inbox, exchange_of(member), routing_key=key, callback=lambda _: None)
+        channel.basic_consume(self._inbox, self._delivered, callback=self._consuming)
+
+    def _consuming(self, _frame: Any) -> None:
+        """The inbox is there and read: from here on the connection counts as up."""
+        with self._changed:
+            if self._connected:
+                return  # only the inbox was made anew
+            self._generation += 1
+            self.counters.reconnects = self._generation - 1
+            self._connected = True
+            self._changed.notify_all()
+        if self._generation > 1:
+            self._tell("broker_back", reconnects=self._generation - 1)
+        for receiver in self._lanes:
+            self._publish_lane(receiver)
+
+    def _queue_vanished(self, _frame: Any) -> None:
+        self._tell("inbox_deleted", inbox=self._inbox)
+        self._declare_inbox()
+
+    def _channel_closed(self, _channel: Any, reason: BaseException) -> None:
+        self._reason = self._reason or reason
+        if self._connection is not None and self._connection.is_open:
+            self._connection.close()
+
+    def _ended(self, connection: Any, reason: Any) -> None:
+        if self._reason is None:
+            self._reason = reason if isinstance(reason, BaseException) else ConnectionError(str(reason))
+        connection.ioloop.stop()
+
+    def _disconnected(self) -> None:
+        """Everything published and not confirmed goes back to the front of its lane."""
+        with self._changed:
+            self._connected = self._blocked = False
+            self._connection = self._channel = None
+            self._incoming.clear()  # not acknowledged: it comes again
+            for lane in self._lanes.values():
+                again = [*lane.returned, *lane.flying.values()]
+                for frame in again:
+                    frame.again = True
+                lane.waiting.extendleft(reversed(again))
+                lane.flying.clear()
+                lane.returned.clear()
+                lane.proven = lane.retry_planned = False
+                lane.pause = 0.0
+            self._changed.notify_all()
+
+    def _fail(self, error: FateError) -> None:
+        with self._changed:
+            self._error = error
+            self._changed.notify_all()
+
+    def _set_blocked(self, blocked: bool) -> None:
+        with self._changed:
+            self._blocked = blocked
+            self.counters.blocked += blocked
+            self._changed.notify_all()
+        self._tell("broker_blocks" if blocked else "broker_unblocks")
+        if not blocked:
+            for receiver in self._lanes:
+                self._publish_lane(receiver)
+
+    def _call(self, function: Callable[[], None]) -> None:
+        """Run something on the connection's thread, if there is a connection; otherwise it is not needed."""
+        with self._changed:
+            connection = self._connection
+        if connection is not None:
+            connection.ioloop.add_callback_threadsafe(function)
+
+    # --- publishing (connection's thread) -------------------------------------------------------------------
+
+    def _publish_lane(self, receiver: str) -> None:
+        lane = self._lanes[receiver]
+        while True:
+            with self._changed:
+                ready = self._connected and not self._blocked and not lane.retry_planned and not lane.returned
+                if not ready or not lane.waiting or (lane.flying and not lane.proven):
+                    return
+                frame = lane.waiting.popleft()
+                self.counters.published += 1
+                tag = self._next_tag()
+                lane.flying[tag] = frame
+            key = job_key(receiver, self._job) if self._job is not None else control_key(receiver)
+            properties = pika.BasicProperties(
+                delivery_mode=2, user_id=self._address.user, message_id=str(tag), correlation_id=receiver
+            )
+            self._channel.basic_publish(exchange_of(self.party), key, frame.body, properties, mandatory=True)
+
+    def _next_tag(self) -> int:
+        self._tag = 1 if self._tag_generation != self._generation else self._tag + 1
+        self._tag_generation = self._generation
+        return self._tag
+
+    _tag = 0
+    _tag_generation = 0
+
+    def _returned(self, _channel: Any, _method: Any, properties: Any, _body: bytes) -> None:
+        """Nobody has bound the receiver's inbox. The confirm that follows must not count."""
+        lane = self._lanes[properties.correlation_id]
+        with self._changed:
+            frame = lane.flying.pop(int(properties.message_id), None)
+            if frame is not None:
+                lane.returned.append(frame)
+                self.counters.returned += 1
+        if not lane.retry_planned:
+            lane.retry_planned = True
+            lane.pause = min(max(2 * lane.pause, 0.05), 2.0)
+            self._connection.ioloop.call_later(
+                lane.pause, functools.partial(self._retry, properties.correlation_id, self._generation)
+            )
+
+    def _retry(self, receiver: str, generation: int) -> None:
+        lane = self._lanes[receiver]
+        with self._changed:
+            if generation != self._generation or not self._connected:
+                return
+            lane.waiting.extendleft(reversed(lane.returned))
+            lane.returned.clear()
+            lane.retry_planned = lane.proven = False
+        self._publish_lane(receiver)
+
+    def _confirmed(self, frame: Any) -> None:
+        method = frame.method
+        ok = isinstance(method, pika.spec.Basic.Ack)
+        lanes = []
+        with self._changed:
+            for receiver, lane in self._lanes.items():
+                tags = (
+                    [t for t in lane.flying if t <= method.delivery_tag] if method.multiple else [method.delivery_tag]
+                )
+                for tag in tags:
+                    found = lane.flying.pop(tag, None)
+                    if found is None:
+                        continue
+                    lanes.append(receiver)
+                    if ok:
+                        lane.bytes -= len(found.body)
+                        lane.proven, lane.pause = True, 0.0
+                        self.counters.confirmed += 1
+                    else:  # the broker could not keep it
+                        lane.waiting.appendleft(found)
+                        lane.proven = False
+            self._changed.notify_all()
+        for receiver in lanes:
+            self._publish_lane(receiver)
+
+    # --- consuming (connection's thread) --------------------------------------------------------------------
+
+    def _delivered(self, _channel: Any, method: Any, _properties: Any, body: bytes) -> None:
+        sender = str(method.exchange).removeprefix(_EXCHANGE_PREFIX)
+        tag = _Tag(self, self._generation, method.delivery_tag)
+        delivery = Delivery(sender, memoryview(body), tag, bool(method.redelivered))
+        with self._changed:
+            self.counters.delivered += 1
+            self.counters.redelivered += bool(method.redelivered)
+            self._incoming.append(delivery)
+            self._changed.notify_all()
+
+    def _ack(self, tag: _Tag) -> None:
+        if tag.generation == self._generation and self._connected and self._channel.is_open:
+            self._channel.basic_ack(tag.number)
+
+    def _leave(self) -> None:
+        """End the connection; with `remove` the inbox goes first."""
+        connection, channel = self._connection, self._channel
+        if connection is None or not connection.is_open:
+            if connection is not None:
+                connection.ioloop.stop()
+            return
+        if self._remove and channel is not None and channel.is_open:
+            channel.queue_delete(self._inbox, callback=lambda _: connection.close())
+        else:
+            connection.close()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Tag:
+    transport: RabbitTransport
+    generation: int
+    number: int
+
+
+# --- pika's corners ---------------------------------------------------------------------------------------------
+
+
+def _make_exchange(connection: Any, name: str, member: str) -> None:
+    try:
+        connection.channel().exchange_declare(name, exchange_type="topic", durable=True)
+    except pika.exceptions.ChannelClosedByBroker as error:
+        raise BrokerRefused(
+            f"the exchange {name} is missing, and may not be made here: {error.reply_text}",
+            hint=f"An operator gives {member} its place on the broker: fate_llm federation grant --party {member}",
+        ) from None
+
+
+def _read_in_large_pieces(connection: Any) -> None:
+    """pika's transport has its block size as a class attribute; this one connection gets a larger one.
+
+    TLS hands over at most one record (16 KiB) at a time, whatever is asked for.
+    """
+    transport = getattr(connection, "_transport", None)
+    for name, value in (("_MAX_RECV_BYTES", _RECEIVE_BYTES), ("_MAX_CONSUME_BYTES", 4 * _RECEIVE_BYTES)):
+        if hasattr(transport, name):
+            setattr(transport, name, value)
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    """An error with everything that pika wraps in it."""
+    found: list[BaseException] = []
+    pending = [error]
+    while pending:
+        current = pending.pop(0)
+        if not isinstance(current, BaseException) or current in found:
+            continue
+        found.append(current)
+        pending += [*getattr(current, "exceptions", ()), current.__cause__, current.__context__]
+        pending += [value for value in (*current.args, getattr(current, "exception", None)) if value is not current]
+    return found
+
+
+def _refusal(error: BaseException | None, address: BrokerAddress) -> FateError | None:
+    """The error to end with when trying again is no use, or None."""
+    for cause in _causes(error):
+        if isinstance(cause, FateError):
+            return cause
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            text = f"the certificate of {address} does not verify: {cause.verify_message}"
+            return BrokerRefused(
+                text, hint="Name the authority that signed it: ca_file, or ?cacertfile= in the address."
+            )
+        if isinstance(cause, ssl.SSLError):
+            text = f"no TLS connection to {address}: {cause.reason or cause}"
+            return BrokerRefused(text, hint="Is this the broker's TLS port, and our certificate one it accepts?")
+        if isinstance(cause, pika.exceptions.ProbableAuthenticationError | pika.exceptions.AuthenticationError):
+            return BrokerRefused(
+                f"the broker {address} refuses user {address.user!r} or its password",
+                hint="Mend the address, or let an operator run `fate_llm federation grant`.",
+            )
+        if isinstance(cause, pika.exceptions.ProbableAccessDeniedError):
+            return BrokerRefused(
+                f"the broker {address} has no virtual host {address.vhost!r}, or {address.user!r} may not use it",
+                hint="An operator makes it: fate_llm federation grant",
+            )
+        if isinstance(cause, pika.exceptions.ChannelClosedByBroker) and cause.reply_code in (403, 404, 406):
+            hint = (
+                "The permissions, or the queues, are not those of fate_llm: fate_llm federation grant, fate_llm doctor"
+            )
+            return BrokerRefused(f"the broker {address} refuses: {cause.reply_text}", hint=hint)
+        if isinstance(cause, pika.exceptions.ConnectionClosedByBroker) and cause.reply_code in (403, 530, 541):
+            return BrokerRefused(f"the broker {address} ends the connection: {cause.reply_text}")
+    return None
+
+
+def _words(error: BaseException | None) -> str:
+    """The most telling words in what pika raised."""
+    texts = [f"{type(cause).__name__}: {cause}" for cause in _causes(error) if str(cause)]
+    return min(texts, key=len)[:300] if texts else type(error).__name__
+
+
+PLUGIN = RabbitTransport
