@@ -96,10 +96,10 @@ def receive(channel: BlockingChannel, queue: str, size: int) -> Iterator[tuple[s
     """
     missing = size
     for method, properties, body in channel.consume(queue, inactivity_timeout=PATIENCE):
-        if method is None:
+        if method is None or properties is None or body is None:
             raise SystemExit(f"{queue}: {missing} of {size} bytes did not come within {PATIENCE:g} s")
         yield properties.app_id or "", body
-        channel.basic_ack(method.delivery_tag)
+        channel.basic_ack(method.delivery_tag or 0)
         missing -= len(body)
         if missing <= 0:
             return
@@ -126,7 +126,7 @@ def _status(key: str) -> float:
 
 def throughput_send(options: argparse.Namespace) -> dict[str, Any]:
     tensor = values(options.size, seed=1)
-    body = memoryview(tensor).cast("B")
+    body = tensor.data.cast("B")
     digest = hashlib.sha256(body).hexdigest()
     memory = ExtraMemory()
     connection = connect(options.url, options.ca)
@@ -169,7 +169,7 @@ def throughput_receive(options: argparse.Namespace) -> dict[str, Any]:
 def coordinate(options: argparse.Namespace) -> dict[str, Any]:
     """Send `size` bytes to each party, wait for as many from each; one connection, parties one after the other."""
     state = values(options.size, seed=1)
-    body = memoryview(state).cast("B")
+    body = state.data.cast("B")
     connection = connect(options.url, options.ca)
     channel = connection.channel()
     channel.confirm_delivery()

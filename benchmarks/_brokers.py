@@ -12,8 +12,7 @@ from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime, timedelta
-from ipaddress import ip_address
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from _measure import Child, environment
 
 from fate_llm.protocols.broker_layout import exchange_of, permissions_of, topic_permissions_of
 from fate_llm.runtime.broker import BrokerNode, TlsFiles
+from fate_llm.runtime.federation_certificates import make_authority
 
 __all__ = ["Broker", "broker", "together"]
 
@@ -44,7 +44,8 @@ class Broker:
 
     def words(self, user: str, *, tls: bool) -> list[str | Path]:
         """As options of a program."""
-        return ["--url", self.url(user, tls=tls), *(["--ca", self.ca] if tls else [])]
+        words: list[str | Path] = ["--url", self.url(user, tls=tls)]
+        return [*words, "--ca", self.ca] if tls else words
 
 
 @contextmanager
@@ -69,7 +70,10 @@ def _definitions(members: tuple[str, ...]) -> dict[str, Any]:
     return {
         "vhosts": [{"name": "/"}],
         "users": [_user("guest", "guest"), *(_user(party, _PASSWORD) for party in members)],
-        "permissions": [guest, *({"user": party, **asdict(permissions_of(party)), **place} for party in members)],
+        "permissions": [
+            guest,
+            *({"user": party, **asdict(permissions_of(party, members)), **place} for party in members),
+        ],
         "topic_permissions": [
             {"user": party, **asdict(entry), **place}
             for party in members
@@ -87,30 +91,11 @@ def _user(name: str, password: str) -> dict[str, Any]:
 
 
 def _certificates(folder: Path) -> tuple[Path, Path, Path]:
-    """A certificate authority, and certificate and key of a server on this machine's loopback; PEM files."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import NameOID
-
-    start = datetime.now(UTC) - timedelta(hours=1)
-    issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "benchmark authority")])
-    server = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    names = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1"))])
-    authority, own = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-
-    def made(subject: x509.Name, key: ec.EllipticCurvePrivateKey, extension: x509.ExtensionType) -> bytes:
-        builder = x509.CertificateBuilder(issuer, subject, key.public_key(), x509.random_serial_number())
-        builder = builder.not_valid_before(start).not_valid_after(start + timedelta(days=2))
-        signed = builder.add_extension(extension, critical=False).sign(authority, hashes.SHA256())
-        return signed.public_bytes(serialization.Encoding.PEM)
-
-    plain = serialization.NoEncryption()
-    files = {
-        "ca.pem": made(issuer, authority, x509.BasicConstraints(ca=True, path_length=0)),
-        "server.pem": made(server, own, names),
-        "server.key": own.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain),
-    }
+    """Files of an authority, and of certificate and key of a server on this machine's loopback."""
+    now = datetime.now(UTC)
+    authority = make_authority("benchmark", now=now, days=2)
+    server = authority.issue_server("localhost", ["localhost", "127.0.0.1"], now=now, days=2)
+    files = {"ca.pem": authority.pair.certificate, "server.pem": server.certificate, "server.key": server.key}
     for name, content in files.items():
         (folder / name).write_bytes(content)
     ca, certificate, key = (folder / name for name in files)

@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 from _amqp_plain import ExtraMemory, values
 
-from fate_llm.core.values import Array, Payload
+from fate_llm.core.values import Array, Arrays, Payload
 from fate_llm.protocols.channel import JobChannel
 from fate_llm.protocols.link import SecureLink
 from fate_llm.protocols.transports.rabbitmq import BrokerAddress, RabbitTransport
@@ -80,7 +80,7 @@ def _other(options: argparse.Namespace) -> str:
 
 def throughput_send(options: argparse.Namespace) -> dict[str, Any]:
     tensor = values(options.size, seed=1)
-    body = memoryview(tensor).cast("B")
+    body = tensor.data.cast("B")
     digest = hashlib.sha256(body).hexdigest()
     memory = ExtraMemory()
     link = open_link(options)
@@ -90,7 +90,7 @@ def throughput_send(options: argparse.Namespace) -> dict[str, Any]:
     confirmed = time.monotonic()
     _take(link)
     extra = memory.mib()
-    link.close()
+    link.close(finished=True)
     return {"started": started, "confirmed": confirmed, "extra_mib": extra, "digest": digest}
 
 
@@ -102,7 +102,7 @@ def throughput_receive(options: argparse.Namespace) -> dict[str, Any]:
     ended = time.monotonic()
     link.send(_other(options), [b"done"])
     extra = memory.mib() - len(body) / 2**20
-    link.close()
+    link.close(finished=True)
     return {"ended": ended, "extra_mib": extra, "digest": hashlib.sha256(body).hexdigest()}
 
 
@@ -125,7 +125,8 @@ def coordinate(options: argparse.Namespace) -> dict[str, Any]:
     state = _state(options)
     channel = _channel(options)
     parties = [member for member in options.members if member != options.party]
-    seconds, replies = [], []
+    seconds: list[float] = []
+    replies: list[Arrays] = []
     for number in range(1, options.rounds + 1):
         replies = []
         started = time.monotonic()
@@ -140,7 +141,7 @@ def coordinate(options: argparse.Namespace) -> dict[str, Any]:
             raise SystemExit("a party sent other values back")
     dtypes = sorted({str(tensor.dtype) for tensor in replies[0].values()})
     sent = channel.sent_bytes()
-    channel.close()
+    channel.close(finished=True)
     tensor_bytes = sum(tensor.nbytes for tensor in state.values()) * len(parties) * options.rounds
     return {"seconds": seconds, "sent_bytes": sent, "tensor_bytes": tensor_bytes, "dtypes": dtypes}
 
@@ -153,7 +154,7 @@ def echo(options: argparse.Namespace) -> dict[str, Any]:
         end = channel.clock() + PATIENCE
         got = channel.receive(coordinator, task=_TASK, kind=_DOWN, deadline=end)
         channel.send(coordinator, task=_TASK, kind=_UP, payload=Payload({}, got.payload.tensors), round=number)
-    channel.close()
+    channel.close(finished=True)
     return {}
 
 
@@ -170,7 +171,7 @@ def ping(options: argparse.Namespace) -> dict[str, Any]:
         link.send(_other(options), [body])
         _take(link)
         seconds.append(time.monotonic() - started)
-    link.close()
+    link.close(finished=True)
     return {"seconds": seconds}
 
 
@@ -179,7 +180,7 @@ def pong(options: argparse.Namespace) -> dict[str, Any]:
     link.send(_other(options), [b"ready"])
     for _ in range(options.messages):
         link.send(_other(options), [_take(link)])
-    link.close()
+    link.close(finished=True)
     return {}
 
 

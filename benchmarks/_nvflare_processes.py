@@ -1,6 +1,7 @@
-"""A child process: echo rounds on NVFlare's POC (server, sites and their jobs as processes); run by the peer's interpreter.
+"""A child process: echo rounds on NVFlare's POC, whose server, sites and their jobs are processes.
 
-Its own defaults, mutual TLS included. The model travels as numpy arrays: its torch is not needed.
+Run by the peer's interpreter. Its own defaults, mutual TLS included. The model travels as numpy arrays: torch is not
+needed.
 """
 
 from __future__ import annotations

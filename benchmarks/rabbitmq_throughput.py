@@ -34,9 +34,7 @@ def main() -> int:
         options.repeats, options.mib = 1, 9
     with broker(MEMBERS) as node, tempfile.TemporaryDirectory() as scratch:
         runs = _alternate(options, node, Path(scratch))
-    middles = {
-        side: {key: median([run[key] for run in found]) for key in found[0]} for side, found in runs.items()
-    }
+    middles = {side: {key: median([run[key] for run in found]) for key in found[0]} for side, found in runs.items()}
     for side, values in middles.items():
         print(f"{side}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()))
     ratios = _ratios(middles)

@@ -1,7 +1,8 @@
 """Real brokers for tests: nodes as fixtures, what is left on one, and a TCP proxy that breaks on request.
 
-A test folder takes what it needs by import in its conftest (ruff: F401): `from tests.brokers import broker, vhost`.
-Nodes lie in a folder of their own, since pytest's is closed to the broker's user.
+A test module, or a folder's conftest, imports the fixtures it uses: `from tests.brokers import broker, vhost`. However
+many do, a session has one of each shared node, started at its first use. Nodes lie in a folder of their own, since
+pytest's is closed to the broker's user.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import base64
 import contextlib
 import json
 import os
+import re
 import select
 import shutil
 import socket
+import ssl
 import struct
 import tempfile
 import threading
@@ -23,6 +26,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -30,17 +34,24 @@ from urllib.parse import quote
 import pytest
 
 from fate_llm.core.errors import ConfigurationError
-from fate_llm.runtime.broker import BrokerNode, find_server
+from fate_llm.runtime.broker import USER, BrokerNode, TlsFiles, find_server, free_port
+from fate_llm.runtime.federation import Federation, PartySettings, Topology, load_party
+from fate_llm.runtime.federation_certificates import Authority, make_authority
+from fate_llm.runtime.federation_setup import SHARED, plan_setup, set_up, write_files
 
 __all__ = [
     "CutProxy",
+    "LiveFederation",
+    "TlsBroker",
     "admin",
     "broker",
-    "broker_folder",
     "cluster",
     "fresh_broker",
     "leftovers",
+    "live_federation",
+    "node_folder",
     "require_rabbitmq",
+    "tls_broker",
     "vhost",
 ]
 
@@ -70,19 +81,31 @@ def node_folder() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(scope="session")
-def broker_folder() -> Iterator[Path]:
-    """Where the nodes of this session lie."""
+_NODES = pytest.StashKey[dict[str, Any]]()
+
+
+def once(config: pytest.Config, name: str, make: Callable[[contextlib.ExitStack, Path], Any]) -> Any:
+    """What `make` made at the first call of a session; undone at its end, whichever modules import the fixtures."""
     require_rabbitmq()
-    with node_folder() as folder:
-        yield folder
+    made = config.stash.setdefault(_NODES, {})
+    if name not in made:
+        with contextlib.ExitStack() as stack:
+            made[name] = make(stack, stack.enter_context(node_folder()))
+            config.add_cleanup(stack.pop_all().close)
+    return made[name]
 
 
 @pytest.fixture(scope="session")
-def broker(broker_folder: Path) -> Iterator[BrokerNode]:
+def broker(pytestconfig: pytest.Config) -> BrokerNode:
     """One node for all tests of a session, with the management API. Use `vhost`; leave the node as it was."""
-    with BrokerNode(broker_folder / "shared", name="shared", plugins=("rabbitmq_management",)) as node:
-        yield node
+
+    def make(stack: contextlib.ExitStack, folder: Path) -> BrokerNode:
+        node = BrokerNode(folder / "shared", name="shared", plugins=("rabbitmq_management",))
+        stack.callback(node.kill)
+        return node.start(START)
+
+    found: BrokerNode = once(pytestconfig, "shared", make)
+    return found.start(START)  # a test may have ended it
 
 
 @pytest.fixture
@@ -90,24 +113,138 @@ def fresh_broker() -> Iterator[BrokerNode]:
     """A node of the test's own, started, without plug-ins: kill it, start it again, fill it."""
     require_rabbitmq()
     with node_folder() as folder:
-        with BrokerNode(folder / "fresh", name="fresh") as node:
-            yield node
+        node = BrokerNode(folder / "fresh", name="fresh")
+        try:
+            yield node.start(START)
+        finally:
+            node.kill()
 
 
-@pytest.fixture(scope="session")
-def cluster(broker_folder: Path) -> Iterator[list[BrokerNode]]:
-    """Three nodes in a cluster; a test that ends one starts it again."""
-    nodes = [BrokerNode(broker_folder / f"member{at}", name=f"member{at}") for at in range(3)]
-    try:
+@pytest.fixture
+def cluster(pytestconfig: pytest.Config) -> list[BrokerNode]:
+    """Three nodes in a cluster, the same for a session; those that a test has ended are started again."""
+
+    def make(stack: contextlib.ExitStack, folder: Path) -> list[BrokerNode]:
+        nodes = [BrokerNode(folder / f"member{at}", name=f"member{at}") for at in range(3)]
+        for node in nodes:
+            stack.callback(node.kill)
         nodes[0].start(START)
         for node in nodes[1:]:
             node.join(nodes[0])
+        return nodes
+
+    found: list[BrokerNode] = once(pytestconfig, "cluster", make)
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda node: node.start(START), found))
+
+
+@dataclass(frozen=True)
+class TlsBroker:
+    """A node with TLS, who signed its certificate, and a client's certificate of the same authority."""
+
+    node: BrokerNode
+    ca: Path
+    certificate: Path
+    key: Path
+    authority: Authority
+
+    def context(self, *, ca: Path | None = None) -> ssl.SSLContext:
+        """For a client that verifies."""
+        return ssl.create_default_context(cafile=str(ca or self.ca))
+
+
+@pytest.fixture(scope="session")
+def tls_broker(pytestconfig: pytest.Config) -> TlsBroker:
+    """A node that listens with TLS besides, for `localhost` and 127.0.0.1; one for the session."""
+
+    def make(stack: contextlib.ExitStack, folder: Path) -> TlsBroker:
+        now = datetime.now(UTC)
+        authority = make_authority("test authority", now=now, days=2)
+        server = authority.issue_server("localhost", ["localhost", "127.0.0.1"], now=now, days=2)
+        client = authority.issue_client("client", now=now, days=2)
+        content = {
+            "ca.pem": authority.pair.certificate,
+            "server.pem": server.certificate,
+            "server.key": server.key,
+            "client.pem": client.certificate,
+            "client.key": client.key,
+        }
+        for name, text in content.items():
+            (folder / name).write_bytes(text)
+        tls = TlsFiles(folder / "ca.pem", folder / "server.pem", folder / "server.key")
+        node = BrokerNode(folder / "tls", name="tls", tls=tls)
+        stack.callback(node.kill)
+        return TlsBroker(node.start(START), folder / "ca.pem", folder / "client.pem", folder / "client.key", authority)
+
+    found: TlsBroker = once(pytestconfig, "tls", make)
+    found.node.start(START)
+    return found
+
+
+@dataclass(frozen=True)
+class LiveFederation:
+    """A federation as `federation init` writes it, with its brokers running. folder: what was written."""
+
+    federation: Federation
+    folder: Path
+    nodes: dict[str, BrokerNode]
+
+    def party(self, party: str) -> PartySettings:
+        return load_party(self.folder / "parties" / party / "party.yaml")[0]
+
+    def node(self, party: str) -> BrokerNode:
+        return self.nodes.get(party) or self.nodes[SHARED]
+
+
+@contextlib.contextmanager
+def live_federation(*parties: str, topology: Topology = "per-party", **options: Any) -> Iterator[LiveFederation]:
+    """Set a federation up and start its brokers on loopback with the configuration that was written for them.
+
+    What differs from a real one: the address and port of the listeners, and less free disk is enough.
+    """
+    require_rabbitmq()
+    with node_folder() as home, contextlib.ExitStack() as stack:
+        owners = parties if topology == "per-party" else (SHARED,)
+        ports: dict[str, int] = {}
+        for owner in owners:
+            ports[owner] = free_port(taken=frozenset(ports.values()))
+        places = [f"localhost:{ports[o]}" if o == SHARED else f"{o}=localhost:{ports[o]}" for o in owners]
+        setup = plan_setup(
+            name="trial",
+            parties=parties,
+            topology=topology,
+            brokers=places,
+            config_folder=f"{home}/OWNER",
+            disk_free="50MB",
+            **options,
+        )
+        write_files(home / "written", set_up(setup, now=datetime.now(UTC)))
+        nodes = {}
+        for owner in owners:
+            nodes[owner] = installed(home / "written" / "brokers" / owner, home, owner, ports[owner])
+            stack.callback(nodes[owner].kill)
         with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda node: node.start(START), nodes[1:]))
-        yield nodes
-    finally:
-        for node in nodes:
-            node.kill()
+            list(pool.map(lambda node: node.start(START), nodes.values()))
+        yield LiveFederation(setup.federation, home / "written", nodes)
+
+
+def installed(written: Path, home: Path, owner: str, port: int) -> BrokerNode:
+    """A node with what an operator would copy into its configuration folder."""
+    target = home / owner
+    target.mkdir()
+    for path in written.iterdir():
+        copy = target / path.name
+        copy.write_bytes(path.read_bytes().replace(b"/OWNER/", f"/{owner}/".encode()))
+        copy.chmod(0o600)
+        if os.geteuid() == 0:
+            shutil.chown(copy, USER, USER)
+    lines = (target / "rabbitmq.conf").read_text().splitlines()
+    config = dict(line.split(" = ", 1) for line in lines if line and not line.startswith("#"))
+    config["listeners.ssl.default"] = f"127.0.0.1:{port}"
+    plugins = re.findall(r"\w+", (target / "enabled_plugins").read_text())
+    node = BrokerNode(home / f"node-{owner}", name=owner.replace(".", "_"), plugins=plugins, config=config)
+    node.tls_port = port
+    return node
 
 
 def admin(node: BrokerNode, method: str, path: str, body: Any = None) -> Any:
@@ -127,7 +264,7 @@ def admin(node: BrokerNode, method: str, path: str, body: Any = None) -> Any:
 
 
 @pytest.fixture
-def vhost(broker: BrokerNode, request: pytest.FixtureRequest) -> Iterator[str]:
+def vhost(broker: BrokerNode) -> Iterator[str]:
     """An empty virtual host of the shared broker for this test; guest may do everything in it."""
     name = f"test-{os.urandom(4).hex()}"
     admin(broker, "PUT", f"vhosts/{quote(name, safe='')}")

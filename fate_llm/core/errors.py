@@ -63,6 +63,7 @@ __all__ = [
     "TransportClosed",
     "UnknownPlugin",
     "all_errors",
+    "error_from",
 ]
 
 
@@ -288,6 +289,14 @@ class InternalError(FateError):
     code = "internal"
     exit_code = 70
     default_hint = "This is a bug in fate_llm: please report it with the job's folder."
+
+
+def error_from(code: str, message: str, hint: str) -> FateError:
+    """An error that another process told us of (`FateError.as_dict`), as the class its code belongs to."""
+    found = next((error for error in all_errors() if error.code == code), FateError)
+    if found.__init__ is not FateError.__init__:  # one made from more than a message
+        found = ConfigurationError if issubclass(found, ConfigurationError) else FateError
+    return found(message, hint=hint)
 
 
 def all_errors() -> list[type[FateError]]:

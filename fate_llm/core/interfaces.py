@@ -326,7 +326,9 @@ class WireHook(UpdateHook, Protocol):
         ...
 
     def decode(self, payload: Payload, form: Form) -> Payload:
-        """What `encode` was given, up to its rounding: tensors of exactly this form. Keeps nothing of it.
+        """What `encode` was given, up to its rounding: tensors of exactly this form, in its order. Keeps nothing of it.
+
+        Whether the values can be summed (finite, not too large) is for the sum to say.
 
         Raises:
             PeerViolation: anything else; found out before memory beyond that of `form` is taken.

@@ -32,6 +32,7 @@ __all__ = [
     "control_inbox",
     "control_key",
     "exchange_of",
+    "inbox_arguments",
     "job_inbox",
     "job_key",
     "link_permissions_of",
@@ -55,6 +56,11 @@ def control_inbox(party: str) -> str:
 def job_inbox(party: str, job: str) -> str:
     """The inbox of `party` in one job."""
     return f"fate.to.{party}/job/{job}"
+
+
+def inbox_arguments(*, quorum: bool) -> dict[str, str]:
+    """What a standing inbox is declared with, by whoever comes first: the others must say the same."""
+    return {"x-queue-type": "quorum" if quorum else "classic"}
 
 
 def control_key(receiver: str) -> str:

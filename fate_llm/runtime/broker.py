@@ -16,13 +16,15 @@ import hashlib
 import json
 import os
 import pwd
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +34,10 @@ from urllib.parse import quote
 from fate_llm.core.errors import ConfigurationError
 from fate_llm.security.randomness import random_bytes, random_id
 
-__all__ = ["BrokerNode", "TlsFiles", "find_server", "free_port", "run_ctl"]
+__all__ = ["DEVELOPER", "USER", "BrokerNode", "TlsFiles", "development_broker", "find_server", "free_port", "run_ctl"]
+
+DEVELOPER = "fate"
+"""The one user of a development broker."""
 
 USER = "rabbitmq"
 """Debian's user for the broker; root never runs Erlang itself."""
@@ -113,8 +118,12 @@ def free_port(host: str = "127.0.0.1", *, taken: frozenset[int] = frozenset()) -
     raise ConfigurationError(f"no free port at {host}", hint="Name an address of this machine, or end what listens.")
 
 
-def run_ctl(command: Sequence[str], words: Sequence[str], *, env: Mapping[str, str] | None = None) -> str:
+def run_ctl(
+    command: Sequence[str], words: Sequence[str], *, text: str | None = None, env: Mapping[str, str] | None = None
+) -> str:
     """Run a rabbitmqctl (`command` may hold sudo, docker exec, ... before it); what it printed.
+
+    text: its standard input. env: of a node of ours, whose user it then runs as.
 
     Raises:
         ConfigurationError: it cannot be run, failed, or did not answer within two minutes.
@@ -129,7 +138,7 @@ def run_ctl(command: Sequence[str], words: Sequence[str], *, env: Mapping[str, s
             text=True,
             timeout=_CTL_SECONDS,
             check=False,
-            stdin=subprocess.DEVNULL,
+            input=text or "",
             env=None if env is None else dict(env),
             cwd="/",
             user=user.uid,
@@ -218,17 +227,32 @@ class BrokerNode:
         """
         if self.alive:
             return self
-        self._write_files()
-        self._launch()
-        deadline = time.monotonic() + timeout
-        while not self._listening():
-            if not self.alive or time.monotonic() > deadline:
-                what = f"was not ready within {timeout:.0f} s" if self.alive else "ended while it started"
-                tail = self.log_tail(12)
+        self.kill()  # what a node that ended by itself has left
+        ready = False
+        try:
+            self._write_files()
+            self._launch()
+            deadline = time.monotonic() + timeout
+            while not (ready := self._listening()):
+                if not self.alive or time.monotonic() > deadline:
+                    what = f"was not ready within {timeout:.0f} s" if self.alive else "ended while it started"
+                    text = f"the broker {self.name} {what}\n{self.log_tail(12)}"
+                    raise ConfigurationError(text, hint=f"Its log is in {self._log}.")
+                time.sleep(0.05)
+        finally:
+            if not ready:  # also when Ctrl-C came in between
                 self.kill()
-                raise ConfigurationError(f"the broker {self.name} {what}\n{tail}", hint=f"Its log is in {self._log}.")
-            time.sleep(0.05)
         return self
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the node ends, by itself or by an operator; True when it has."""
+        if self._keeper is None:
+            return True
+        try:
+            self._keeper.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     def stop(self, timeout: float = 30.0) -> None:
         """End the node in order (SIGTERM), with force after `timeout` seconds; its data stay."""
@@ -291,6 +315,12 @@ class BrokerNode:
             ConfigurationError: it failed; the message has its words.
         """
         return run_ctl([str(self._scripts / "rabbitmqctl"), "--quiet"], words, env=self._environment())
+
+    def ctl_line(self) -> str:
+        """How a person calls rabbitmqctl for this node, in a shell and as a user who may read its cookie."""
+        wanted = ("HOME", "PATH", "LC_ALL", "RABBITMQ_NODENAME", "RABBITMQ_CONF_ENV_FILE", "ERL_EPMD_ADDRESS")
+        words = [f"{name}={value}" for name, value in self._environment().items() if name in wanted]
+        return shlex.join(["env", *words, str(self._scripts / "rabbitmqctl")])
 
     def join(self, other: BrokerNode) -> None:
         """Become a member of `other`'s cluster, which runs: at once, or at the first start of a node that is not alive.
@@ -366,11 +396,15 @@ class BrokerNode:
 
     def _write_cookie(self, cookie: str) -> None:
         self._cookie_file.unlink(missing_ok=True)
-        self._write(".erlang.cookie", cookie.encode("ascii"))
+        self.write_file(".erlang.cookie", cookie.encode("ascii"))
         self._cookie_file.chmod(0o400)
 
-    def _write(self, name: str, content: bytes) -> Path:
-        """A file of the node that only its user can read."""
+    def configure(self, lines: Mapping[str, str]) -> None:
+        """Further lines of rabbitmq.conf, from the next start on."""
+        self._config.update(lines)
+
+    def write_file(self, name: str, content: bytes) -> Path:
+        """A file in the node's folder that only its user can read (mode 0600)."""
         path = self.folder / name
         path.unlink(missing_ok=True)
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
@@ -397,18 +431,18 @@ class BrokerNode:
         if self._tls is not None:
             lines["listeners.ssl.1"] = f"{self.host}:{self.tls_port}"
             for key, path in (("ca", self._tls.ca), ("cert", self._tls.certificate), ("key", self._tls.key)):
-                lines[f"ssl_options.{key}file"] = str(self._write(f"{key}.pem", path.read_bytes()))
+                lines[f"ssl_options.{key}file"] = str(self.write_file(f"{key}.pem", path.read_bytes()))
             lines |= {"ssl_options.versions.1": "tlsv1.3", "ssl_options.versions.2": "tlsv1.2"}
             lines["ssl_options.verify"] = "verify_peer"
             lines["ssl_options.fail_if_no_peer_cert"] = str(self._tls.client_certificates).lower()
         if self._definitions is not None:
-            copy = self._write("definitions.json", self._definitions.read_bytes())
+            copy = self.write_file("definitions.json", self._definitions.read_bytes())
             lines["load_definitions"] = str(copy)
         lines = {key.replace("cafile", "cacertfile"): value for key, value in lines.items()} | self._config
         text = "".join(f"{key} = {value}\n" for key, value in lines.items())
-        self._write("rabbitmq.conf", text.encode())
-        self._write("enabled_plugins", f"[{','.join(self.plugins)}].\n".encode())
-        self._write("rabbitmq-env.conf", b"")
+        self.write_file("rabbitmq.conf", text.encode())
+        self.write_file("enabled_plugins", f"[{','.join(self.plugins)}].\n".encode())
+        self.write_file("rabbitmq-env.conf", b"")
 
     def _environment(self) -> dict[str, str]:
         """What the node and its rabbitmqctl run with: nothing of ours, nothing of the machine's own broker."""
@@ -472,6 +506,31 @@ class BrokerNode:
                 return True
         except OSError:
             return False
+
+
+@contextlib.contextmanager
+def development_broker(folder: Path | None = None, *, port: int | None = None) -> Iterator[tuple[BrokerNode, str]]:
+    """A broker on loopback with one user that may do everything; the node, and the URL for our transport.
+
+    folder: where it lies and stays, with its data and password; None: a temporary one, which is gone afterwards.
+
+    Raises:
+        ConfigurationError: no RabbitMQ here, a folder that does not do, or the broker does not start.
+    """
+    with contextlib.ExitStack() as stack:
+        if folder is None:
+            home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fate-broker-")))
+            home.chmod(0o755)
+            folder = home / "node"
+        node = BrokerNode(folder, name="dev", port=port)
+        known = folder / "password"
+        if not known.exists():
+            node.write_file(known.name, random_id(16).encode("ascii"))
+        password = known.read_text(encoding="ascii").strip()
+        node.configure({"default_user": DEVELOPER, "default_pass": password})
+        stack.callback(node.stop)
+        node.start()
+        yield node, node.url(DEVELOPER, password) + "?plaintext=loopback"
 
 
 def _quoted(text: str) -> str:

@@ -56,6 +56,10 @@ class EventLog:
             folder.append("events.jsonl", event.as_dict())
             if kind not in _QUIET:
                 folder.append_text("log.txt", _line(event))
+        self.pass_on(event)
+
+    def pass_on(self, event: Event) -> None:
+        """Tell the observers of an event that is in its party's files already."""
         with self._lock:
             for observer in self._observers:
                 observer(event)

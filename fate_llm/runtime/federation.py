@@ -14,14 +14,14 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from fate_llm.core.canonical import digest
 from fate_llm.core.errors import ConfigurationError, Fault
 from fate_llm.core.names import NAME_PATTERN, nearest
-from fate_llm.pipelines.dialect import dump, parse
+from fate_llm.pipelines.dialect import Source, dump, parse
 from fate_llm.pipelines.faults import Faults, found_by_pydantic
 from fate_llm.security.identity import Identity, PublicIdentity
 
@@ -35,6 +35,8 @@ __all__ = [
     "is_loopback",
     "load_federation",
     "load_party",
+    "make_federation",
+    "read_password",
     "read_secret",
     "write_new",
 ]
@@ -203,15 +205,15 @@ class PartySettings(_Strict):
         Raises:
             ConfigurationError: the file is missing, open to others, empty, or not text.
         """
-        if self.password is None:
-            return None
-        try:
-            text = read_secret(self.password, "password").decode("utf-8").strip("\r\n")
-        except UnicodeDecodeError:
-            raise ConfigurationError(f"the password file {self.password} is not text") from None
-        if not text:
-            raise ConfigurationError(f"the password file {self.password} is empty", hint="Write one line into it.")
-        return text
+        return None if self.password is None else read_password(self.password)
+
+    def broker_url(self) -> str:
+        """The broker's URL with the certificates' files as options, still without the password."""
+        files = {"cacertfile": self.ca, "certfile": self.certificate, "keyfile": self.key}
+        options = [(name, str(path)) for name, path in files.items() if path is not None]
+        if not options or self.broker.startswith("amqp:"):
+            return self.broker
+        return f"{self.broker}{'&' if '?' in self.broker else '?'}{urlencode(options)}"
 
 
 def load_federation(path: Path) -> Federation:
@@ -245,27 +247,37 @@ def _load(path: Path, model: type[Model], what: str) -> Model:
         raise ConfigurationError(f"the {what} file {path} cannot be read: {error.strerror}", hint=_MAKE_ONE) from None
     except UnicodeDecodeError:
         raise ConfigurationError(f"the {what} file {path} is not UTF-8 text", hint=_MAKE_ONE) from None
-    source = parse(text, str(path))
+    return _checked(parse(text, str(path)), model, f"the {what} file {path}")
+
+
+def make_federation(data: Mapping[str, Any]) -> Federation:
+    """A roster from plain values.
+
+    Raises:
+        ConfigurationError: all that is wrong with them.
+    """
+    return _checked(Source(data=data), Federation, "the federation")
+
+
+def _checked(source: Source, model: type[Model], what: str) -> Model:
     faults = Faults(source.marks)
-    found: Model | None = None
     if not source.faults:
         try:
-            found = model.model_validate(source.data)
+            return model.model_validate(source.data)
         except ValidationError as error:
             for one in found_by_pydantic(error, source.data, model):
                 faults.add(one.code, one.path, one.message, one.hint)
-    if found is None:
-        raise _wrong(path, what, faults.merge(source.faults))
-    return found
+    found = faults.merge(source.faults)
+    lines = "\n".join(_shown(fault) for fault in found)
+    count = f"{len(found)} fault{'s' if len(found) != 1 else ''}"
+    raise ConfigurationError(f"{count} in {what}\n{lines}", hint="Each line names the place and what is valid.")
+
+
+def _shown(fault: Fault) -> str:
+    return str(fault).removeprefix("<pipeline>: ")
 
 
 _MAKE_ONE = "`fate_llm federation init` writes a federation's files."
-
-
-def _wrong(path: Path, what: str, faults: tuple[Fault, ...]) -> ConfigurationError:
-    lines = "\n".join(str(fault) for fault in faults)
-    count = f"{len(faults)} fault{'s' if len(faults) != 1 else ''}"
-    return ConfigurationError(f"{count} in the {what} file {path}\n{lines}", hint="Mend the lines named.")
 
 
 def dump_model(model: BaseModel) -> str:
@@ -293,6 +305,23 @@ def read_secret(path: Path, what: str) -> bytes:
     if len(content) > _MOST_SECRET:
         raise ConfigurationError(f"the {what} file {path} has more than {_MOST_SECRET} bytes: it is another file")
     return content
+
+
+def read_password(path: Path) -> str:
+    """The one line of a password file.
+
+    Raises:
+        ConfigurationError: the file is missing, open to others, empty, or not one line of text.
+    """
+    try:
+        text = read_secret(path, "password").decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError:
+        text = ""
+    if not text or len(text.splitlines()) != 1:
+        raise ConfigurationError(
+            f"the password file {path} is not one line of text", hint="Write the password into it, and nothing else."
+        )
+    return text
 
 
 def write_new(path: Path, content: bytes) -> None:

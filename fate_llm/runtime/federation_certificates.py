@@ -15,8 +15,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fate_llm.core.errors import ConfigurationError
+
 __all__ = ["Authority", "KeyPair", "make_authority"]
 
+_KEPT = "They are the two files that `fate_llm federation init` wrote into the folder authority."
 _SKEW = timedelta(hours=1)  # a certificate is valid this long before it was made: clocks of parties differ
 
 
@@ -33,6 +36,22 @@ class Authority:
 
     def __init__(self, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> None:
         self._certificate, self._key = certificate, key
+
+    @classmethod
+    def from_pair(cls, pair: KeyPair) -> Authority:
+        """The authority whose files were kept, to issue further certificates.
+
+        Raises:
+            ConfigurationError: not a certificate and the key that belongs to it.
+        """
+        try:
+            certificate = x509.load_pem_x509_certificate(pair.certificate)
+            key = serialization.load_pem_private_key(pair.key, password=None)
+        except (ValueError, TypeError):
+            raise ConfigurationError("the authority's files are no PEM certificate and key", hint=_KEPT) from None
+        if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
+            raise ConfigurationError("the authority's key does not belong to its certificate", hint=_KEPT)
+        return cls(certificate, key)
 
     @property
     def pair(self) -> KeyPair:

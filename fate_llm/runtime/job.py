@@ -1,4 +1,4 @@
-"""A job from a checked pipeline to its result, in the local runtime."""
+"""A job from a checked pipeline to its result, wherever its parties run."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from fate_llm.pipelines.dialect import dump
 from fate_llm.pipelines.schema import PipelineSpec
 
 from .assign import assignments
+from .attempt import Attempt, Order, Outcome, Runtime
 from .events import EventLog, Observer
 from .jobfolder import JobFolder, write_json
-from .local import LocalJob, Outcome
+from .local import LocalRuntime
 
 __all__ = ["JobResult", "Submission", "job_name"]
 
@@ -117,7 +118,7 @@ def job_name(pipeline: str, *, now: float, unique: str) -> str:
 
 
 class Submission:
-    """One job in the local runtime. `run` once; `cancel` from any thread.
+    """One job. `run` once; `cancel` from any thread.
 
     base: folder that the pipeline's relative paths start from. now: the clock, seconds since the epoch.
     """
@@ -131,9 +132,10 @@ class Submission:
         workdir: Path,
         now: Callable[[], float],
         observers: Sequence[Observer] = (),
-        runtime: str = "local",
+        runtime: Runtime | None = None,
     ) -> None:
-        if spec.experiment and runtime != "local":
+        self._runtime: Runtime = runtime or LocalRuntime()
+        if spec.experiment and self._runtime.name != "local":
             raise PolicyError(
                 f"pipeline {spec.name} is an experiment: it shows data or models of one party to another",
                 hint="Experiments run in the local runtime only.",
@@ -143,7 +145,7 @@ class Submission:
         self.job_id = job_id
         self.folder = JobFolder.create(workdir, job_id)
         self._events = EventLog(now=now, observers=tuple(observers))
-        self._job: LocalJob | None = None
+        self._job: Attempt | None = None
         self._cancelled: str | None = None
 
     def run(self) -> JobResult:
@@ -155,6 +157,7 @@ class Submission:
             status="running",
             pipeline=digest(spec.to_data()),
             seed=spec.job.seed,
+            runtime=self._runtime.name,
             base=str(self._base),
             started=self._now(),
             versions=_versions(),
@@ -178,17 +181,8 @@ class Submission:
         return outcome
 
     def _attempt(self, number: int, finished: Mapping[str, Mapping[str, Mapping[str, str]]]) -> Outcome:
-        spec = self._spec
-        self._job = LocalJob(
-            job_id=self.job_id,
-            roster=spec.roster,
-            assignments=self._plan,
-            seed=spec.job.seed,
-            patience=spec.job.round_deadline,
-            base=self._base,
-            folder=self.folder,
-            events=self._events,
-            finished=finished,
+        self._job = self._runtime.attempt(
+            Order(self.job_id, number, self._spec, self._plan, self._base, self.folder, self._events, finished)
         )
         if self._cancelled is not None:  # before this attempt began
             self._job.cancel(self._cancelled)

@@ -9,37 +9,44 @@ import ctypes
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from fate_llm.core.errors import FateError, FederationError, JobCancelled, PeerFailed
+from fate_llm.core.errors import JobCancelled
 from fate_llm.core.interfaces import Transport
 from fate_llm.core.values import Roster
 from fate_llm.protocols.channel import JobChannel
 from fate_llm.protocols.transports.memory import MemoryNetwork
 
+from .attempt import Order, Outcome, cause_of
 from .context import JobSetting
 from .events import EventLog
 from .jobfolder import JobFolder
 from .party import Assignment, PartyRun
 from .sharing import Sharing
 
-__all__ = ["LocalJob", "Outcome", "one_malloc_arena"]
+__all__ = ["LocalJob", "LocalRuntime", "one_malloc_arena"]
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a job ended. status: success, failed or cancelled. outputs: {party: {task: {output: path}}}.
+class LocalRuntime:
+    """Satisfies `runtime.attempt.Runtime`: every party a thread of this process."""
 
-    errors: by party. error: the one that started it, or None. traffic: {party: {peer: counters of frames}}.
-    """
+    name = "local"
 
-    status: str
-    outputs: dict[str, dict[str, dict[str, str]]]
-    errors: dict[str, FateError] = field(default_factory=dict)
-    error: FateError | None = None
-    traffic: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
+    def attempt(self, order: Order) -> LocalJob:
+        job = order.spec.job
+        return LocalJob(
+            job_id=order.job_id,
+            roster=order.spec.roster,
+            assignments=order.plan,
+            seed=job.seed,
+            patience=job.round_deadline,
+            base=order.base,
+            folder=order.folder,
+            events=order.events,
+            finished=order.finished,
+        )
 
 
 class LocalJob:
@@ -116,19 +123,10 @@ class LocalJob:
             party: {peer: asdict(counters) for peer, counters in channel.counters.items()}
             for party, channel in self._channels.items()
         }
-        if not errors:
+        cause = cause_of(errors, cancelled=self._cancelled)
+        if cause is None:
             return Outcome("success", outputs, traffic=traffic)
-        cause = min(errors.values(), key=self._distance)
-        status = "cancelled" if isinstance(cause, JobCancelled) else "failed"
-        return Outcome(status, outputs, errors, cause, traffic)
-
-    def _distance(self, error: FateError) -> int:
-        """How far an error is from what started the end: a party's own fault, what parties miss, who failed."""
-        if isinstance(error, JobCancelled):
-            return 0 if self._cancelled else 2
-        if isinstance(error, FederationError):
-            return 4 if isinstance(error, PeerFailed) else 3
-        return 1
+        return Outcome("cancelled" if isinstance(cause, JobCancelled) else "failed", outputs, errors, cause, traffic)
 
 
 def one_malloc_arena() -> None:

@@ -1,22 +1,58 @@
-"""What parties of one process share: the machine, turn by turn, and objects that nobody writes into."""
+"""What parties on one machine share: the machine itself, turn by turn, and objects that nobody writes into."""
 
 from __future__ import annotations
 
+import fcntl
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["Sharing"]
+__all__ = ["FileSlot", "Sharing"]
 
 T = TypeVar("T")
 
 
-class Sharing:
-    """One per process. Every party's context has it."""
+class FileSlot:
+    """A lock on a file: held by one thread of one process at a time, and released with the process, however it ends."""
 
-    def __init__(self) -> None:
-        self._machine = threading.Lock()
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._thread = threading.Lock()
+        self._file: int | None = None
+
+    def acquire(self) -> bool:
+        """Wait for the lock."""
+        self._thread.acquire()
+        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except BaseException:
+            os.close(file)
+            self._thread.release()
+            raise
+        self._file = file
+        return True
+
+    def release(self) -> None:
+        """Give the lock back; only who has it may."""
+        if self._file is None:
+            raise RuntimeError("the slot is not held")
+        file, self._file = self._file, None
+        os.close(file)
+        self._thread.release()
+
+
+class Sharing:
+    """One per process. Every party's context has it.
+
+    slot: whose holder may compute; by default among the threads of this process, a FileSlot among processes.
+    """
+
+    def __init__(self, slot: FileSlot | None = None) -> None:
+        self._machine: FileSlot | threading.Lock = slot or threading.Lock()
         self._guard = threading.Lock()
         self._objects: dict[str, Any] = {}
         self._making: dict[str, threading.Lock] = {}
@@ -24,8 +60,11 @@ class Sharing:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Hold the machine; others wait until it is released."""
-        with self._machine:
+        self._machine.acquire()
+        try:
             yield
+        finally:
+            self._machine.release()
 
     @contextmanager
     def pause(self) -> Iterator[None]:

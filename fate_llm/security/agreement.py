@@ -26,6 +26,8 @@ Rules:
  2. Messages may be lost, repeated and reordered. Whoever lacks something sends its hello again and is answered.
  3. Epochs of a peer only rise. One epoch has one hello. A higher epoch replaces the hello as long as there is no
     secret; afterwards the peer has lost it, and that is an error (`PeerRestarted`), never a silent new agreement.
+    The first party agrees on whatever hello it hears first: one that lay at the broker while its sender started
+    again without its keys ends in the same error, and the next attempt of the job, another context, is free of it.
  4. The caller stores `to_bytes` *before* it sends what `hello` or `hear` returned and before it acknowledges what
     was heard: an encapsulation is drawn once and must not be drawn again after a crash.
 
@@ -411,7 +413,8 @@ def _private_keys(secrets: bytes) -> tuple[X25519PrivateKey, MLKEM768PrivateKey]
         return X25519PrivateKey.from_private_bytes(x25519), MLKEM768PrivateKey.from_seed_bytes(kem)
     except UnsupportedAlgorithm:
         raise MissingExtra(
-            "the installed `cryptography` has no ML-KEM-768", hint="Install the wheel of `cryptography` that fate_llm asks for, not one of the distribution."
+            "the installed `cryptography` has no ML-KEM-768",
+            hint="Install the wheel of `cryptography` that fate_llm asks for, not one of the distribution.",
         ) from None
 
 

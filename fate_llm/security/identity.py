@@ -160,7 +160,7 @@ class PublicIdentity:
         """
         try:
             Ed25519PublicKey.from_public_bytes(self.raw).verify(signature, _domain(purpose) + message)
-        except (InvalidSignature, ValueError):  # ValueError: bytes that are no point of the curve
+        except (InvalidSignature, ValueError):  # ValueError: libraries that look at the point when they load it
             raise BadSignature(
                 f"the signature does not fit the key {self.to_text()}, which the roster pins, for {purpose!r}"
             ) from None

@@ -70,14 +70,16 @@ class SendKeys:
         from `plaintext`; what comes back is then a view of its part that was filled, and nothing is copied.
 
         Raises:
-            InternalError: a number used or passed over before, a chunk above LARGEST, a buffer too short.
+            InternalError: a number used or passed over before, a chunk above LARGEST, a buffer that is too short,
+                read-only or with gaps.
         """
         if not self._last < number < _NUMBERS:
             raise InternalError(
                 f"chunk {number} after chunk {self._last} of epoch {self._epoch}: numbers only rise, up to 2^64 - 1; "
                 "what is sent again is the stored ciphertext"
             )
-        size = memoryview(plaintext).nbytes
+        content = _bytes_of(plaintext)
+        size = len(content)
         if size > LARGEST:
             raise InternalError(f"a chunk of {size} bytes; at most {LARGEST}")
         target = None if out is None else _writable(out)
@@ -85,9 +87,9 @@ class SendKeys:
             raise InternalError(f"{len(target)} bytes to seal into; {size + TAG_BYTES} needed")
         self._last = number
         if target is None:
-            return self._cipher.encrypt(_nonce(number), plaintext, header)
+            return self._cipher.encrypt(_nonce(number), content, header)
         target = target[: size + TAG_BYTES]
-        self._cipher.encrypt_into(_nonce(number), plaintext, header, target)
+        self._cipher.encrypt_into(_nonce(number), content, header, target)
         return target
 
     def __repr__(self) -> str:
@@ -117,10 +119,11 @@ class ReceiveKeys:
 
         Raises:
             BadSeal: the chunk does not open, or does not fit; all of `out` is then zero.
-            InternalError: `out` cannot be written.
+            InternalError: a buffer with gaps, or one to write into that is read-only.
         """
         target = None if out is None else _writable(out)
-        size = memoryview(sealed).nbytes - TAG_BYTES
+        chunk = _bytes_of(sealed)
+        size = len(chunk) - TAG_BYTES
         fits = target is None or size <= len(target)
         if not (0 <= epoch < _NUMBERS and 0 <= number < _NUMBERS and 0 <= size <= LARGEST and fits):
             raise self._refused(epoch, number, size, target)
@@ -128,10 +131,10 @@ class ReceiveKeys:
         plaintext: bytes | memoryview
         try:
             if target is None:
-                plaintext = cipher.decrypt(_nonce(number), sealed, header)
+                plaintext = cipher.decrypt(_nonce(number), chunk, header)
             else:
                 plaintext = target[:size]
-                cipher.decrypt_into(_nonce(number), sealed, header, plaintext)
+                cipher.decrypt_into(_nonce(number), chunk, header, plaintext)
         except InvalidTag:
             raise self._refused(epoch, number, size, target) from None
         self._keep(epoch, cipher)
@@ -214,6 +217,7 @@ def _nonce(number: int) -> bytes:
 
 
 def _bytes_of(buffer: Buffer) -> memoryview:
+    """A view of the single bytes, whatever the buffer holds: the cipher takes nothing else."""
     view = memoryview(buffer)
     if not view.c_contiguous:
         raise InternalError("a buffer with gaps: give one that lies in one piece")

@@ -161,7 +161,18 @@ def test_a_round_that_was_never_settled_did_not_count_and_settling_twice_changes
     for one in (hook, fresh):
         rounds(one, [first], [True])
     hook.settle(counted=True)
-    assert there_and_back(second, number=2, hook=hook).tobytes() == there_and_back(second, number=2, hook=fresh).tobytes()
+    assert (
+        there_and_back(second, number=2, hook=hook).tobytes() == there_and_back(second, number=2, hook=fresh).tobytes()
+    )
+
+
+def test_what_a_lost_term_left_is_forgotten_for_good() -> None:
+    first, second = some_terms(2)
+    hook = Int8(seed=6)
+    hook.encode(Payload({}, {"w": first}), 1)
+    hook.settle(counted=False)
+    hook.settle(counted=True)
+    assert there_and_back(second, number=2, hook=hook).tobytes() == there_and_back(second, number=2, seed=6).tobytes()
 
 
 def test_the_scalar_and_the_empty_keep_their_shapes_over_rounds() -> None:
@@ -182,7 +193,7 @@ def test_the_scales_have_a_name_that_no_parameter_has() -> None:
     values = np.array([1, 2], np.float32)
     given_payload = Payload({}, {"int8.scales": values, "int8.scales'": values * 3})
     assert scales_name(given_payload.tensors) == "int8.scales''"
-    form = {name: (FLOAT32, (2,)) for name in given_payload.tensors}
+    form = dict.fromkeys(given_payload.tensors, (FLOAT32, (2,)))
     found = Int8(seed=1).decode(Int8(seed=1).encode(given_payload, 1), form)
     assert found.tensors["int8.scales'"][1] == pytest.approx(6)
 

@@ -179,7 +179,7 @@ def test_nothing_has_no_bytes() -> None:
 def test_a_dictionary_is_refused() -> None:
     samples = [bytes([i % 7, i % 5, i % 3] * 20) for i in range(400)]
     words = zstandard.train_dictionary(1024, samples)
-    with pytest.raises(PeerViolation, match="a frame for 60 bytes|does not hold"):
+    with pytest.raises(PeerViolation, match="a frame for 60 bytes"):
         decode(packed(frame(samples[0], dict_data=words)), count=60)
 
 

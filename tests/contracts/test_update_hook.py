@@ -167,6 +167,14 @@ def test_what_was_encoded_can_be_decoded_and_the_input_stays(wire_hook: Any) -> 
     assert found.tensors["z"].max() == found.tensors["z"].min() == 0.0
 
 
+def test_the_order_in_which_a_peer_lists_its_tensors_is_of_no_matter(wire_hook: Any) -> None:
+    given, sent = payload(), wire_hook.encode(payload(), 1)
+    turned = Payload(sent.fields, dict(reversed(list(sent.tensors.items()))))
+    one, two = (wire_hook.decode(message, form_of(given)) for message in (sent, turned))
+    assert list(two.tensors) == list(given.tensors)
+    assert contents(one.tensors) == contents(two.tensors)
+
+
 def make_like(hook: Any) -> Any:
     """The coordinator's: another object with another seed."""
     return make(type(hook).__module__.rpartition(".")[2], seed=99)

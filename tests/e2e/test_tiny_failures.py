@@ -25,6 +25,15 @@ pytestmark = pytest.mark.slow
 Write = Callable[[dict[str, Any]], Path]
 
 
+class Elsewhere:
+    """A runtime that is not the local one."""
+
+    name = "processes"
+
+    def attempt(self, order: Any) -> Any:
+        raise AssertionError("nothing may start")
+
+
 def run_cli(*arguments: str) -> tuple[int, dict[str, Any]]:
     done = CliRunner().invoke(main, [*arguments, "--json"])
     return done.exit_code, json.loads(done.stdout)
@@ -181,7 +190,7 @@ def test_an_experiment_is_refused_outside_the_local_runtime(
     pipeline["experiment"] = True
     spec = load_pipeline(write_pipeline(pipeline))
     with pytest.raises(PolicyError, match="experiment"):
-        Submission(spec, job_id="j", base=tmp_path, workdir=tmp_path / "jobs", now=lambda: 0.0, runtime="federation")
+        Submission(spec, job_id="j", base=tmp_path, workdir=tmp_path / "jobs", now=lambda: 0.0, runtime=Elsewhere())
     assert not (tmp_path / "jobs").exists()
 
 

@@ -21,6 +21,15 @@ from tests.runtime.conftest import MakeJob
 from tests.runtime.toys import Breaker, toy_pipeline
 
 
+class Elsewhere:
+    """A runtime that is not the local one."""
+
+    name = "processes"
+
+    def attempt(self, order: Any) -> Any:
+        raise AssertionError("nothing may start")
+
+
 def manifest(result: JobResult) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((result.folder / "manifest.json").read_text())
     return found
@@ -217,7 +226,7 @@ def test_an_experiment_runs_here_and_nowhere_else(tmp_path: Path) -> None:
     data = {**toy_pipeline(), "experiment": True}
     with pytest.raises(PolicyError):
         Submission(
-            check(data), job_id="j", base=tmp_path, workdir=tmp_path / "jobs", now=lambda: 0.0, runtime="federation"
+            check(data), job_id="j", base=tmp_path, workdir=tmp_path / "jobs", now=lambda: 0.0, runtime=Elsewhere()
         )
     assert not (tmp_path / "jobs").exists()
 

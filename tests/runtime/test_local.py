@@ -11,9 +11,10 @@ from fate_llm.core.errors import DataError, InternalError, JobCancelled, PeerFai
 from fate_llm.pipelines import check
 from fate_llm.protocols.transports.memory import Fault, FaultKind, MemoryNetwork
 from fate_llm.runtime.assign import assignments
+from fate_llm.runtime.attempt import Outcome
 from fate_llm.runtime.events import Event, EventLog, Observer
 from fate_llm.runtime.jobfolder import JobFolder
-from fate_llm.runtime.local import LocalJob, Outcome
+from fate_llm.runtime.local import LocalJob
 from tests.runtime.toys import toy_pipeline
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 from pydantic import Field
 
 from fate_llm.core import errors
@@ -180,6 +185,47 @@ class Meeting(_Toy):
         ctx.output("report").write_text(json.dumps(said))
 
 
+class Stepper(_Toy):
+    """Federated rounds on one array, as a trainer without a model: `die` kills the process of a party in a round."""
+
+    class Params(Frozen):
+        rounds: int = Field(3, description="How many.")
+        size: int = Field(4, description="Values of the state.")
+        die: str = Field("", description="party/round of the death, in the first attempt only.")
+        pause: float = Field(0.0, description="Seconds of work in each round.")
+
+    outputs: ClassVar[Mapping[str, Port]] = {"model": Port(MODEL, "The last state.")}
+
+    def guest(self, ctx: Context) -> None:
+        params: Stepper.Params = ctx.params
+        rounds = ctx.contributor_rounds(params.rounds, protection="plain")
+        state = rounds.start({"x": np.zeros(params.size, dtype=np.float32)})
+        seed = ctx.seed(ctx.task, ctx.party)
+        for current in rounds:
+            with ctx.turn():
+                time.sleep(params.pause)
+                self._maybe_die(ctx, current.number)
+                step = np.random.default_rng([seed, current.number]).normal(size=params.size).astype(np.float32)
+            state = current.contribute({"x": step}, weight=1.0, sums={"count": 1.0}).state
+        ctx.output("model").write_bytes(state["x"].tobytes())
+
+    host = guest
+
+    def arbiter(self, ctx: Context) -> None:
+        rounds = ctx.coordinator_rounds(ctx.params.rounds, protection="plain")
+        state = rounds.start()
+        for current in rounds:
+            total = current.collect()
+            state = {name: value + total.mean[name] for name, value in state.items()}
+            current.publish(state)
+
+    def _maybe_die(self, ctx: Context, number: int) -> None:
+        marker = ctx.resolve(f"died-{ctx.party}")
+        if ctx.params.die == f"{ctx.party}/{number}" and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 TOYS: dict[str, type] = {
     "words": Words,
     "adder": Adder,
@@ -187,6 +233,7 @@ TOYS: dict[str, type] = {
     "breaker": Breaker,
     "waiter": Waiter,
     "meeting": Meeting,
+    "stepper": Stepper,
 }
 
 
@@ -203,6 +250,17 @@ class Installed:
 def installed(kind: str) -> dict[str, Installed]:
     """What `core.plugins._installed` gives when a package with the toys is installed."""
     return {name: Installed(toy) for name, toy in TOYS.items()} if kind == "component" else {}
+
+
+def install(folder: Path) -> str:
+    """Install the toys for other processes, as a package with entry points; what PYTHONPATH has to say there."""
+    about = folder / "fate_llm_toys-1.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: fate_llm_toys\nVersion: 1\n")
+    lines = [f"{name} = tests.runtime.toys:{toy.__name__}" for name, toy in TOYS.items()]
+    (about / "entry_points.txt").write_text("[fate_llm.components]\n" + "\n".join(lines) + "\n")
+    root = Path(__file__).resolve().parents[2]
+    return os.pathsep.join([str(folder), str(root), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
 
 
 def toy_pipeline(**tasks: Any) -> dict[str, Any]:

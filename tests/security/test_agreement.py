@@ -268,10 +268,12 @@ class Net:
         self.flying += [(receiver, sender, answer) for answer in answers]
 
     def lose(self, name: str) -> None:
-        """The process starts without its secrets, while none of its pairs was agreed on either side."""
+        """The process starts without its secrets, while none of its pairs was agreed on either side, nor is a
+        hello of before on its way to a first party, which would agree on it (tested apart)."""
         others = [other for other in self.roster if other != name]
         used = [self.machines[other].secret(name) or self.machines[name].secret(other) for other in others]
-        if not any(used):
+        coming = any(sender == name and receiver < name for sender, receiver, _ in self.flying)
+        if not any(used) and not coming:
             self.epochs[name] += 1
             self.machines[name] = party(name, epoch=self.epochs[name], roster=self.roster)
             self.hellos(name)
@@ -393,7 +395,7 @@ def test_a_message_cut_or_lengthened_anywhere_is_refused(kind: str) -> None:
 def test_a_message_above_the_bound_is_refused_before_it_is_read() -> None:
     anna, bert = party("anna"), party("bert")
     refused(anna, "bert", (bert.hello("anna") * 4)[: MAX_MESSAGE + 1], says=f"at most {MAX_MESSAGE}")
-    refused(anna, "bert", (bert.hello("anna") * 4)[:MAX_MESSAGE], says="it has 1300")
+    refused(anna, "bert", (bert.hello("anna") * 4)[:MAX_MESSAGE], says="it has 1304")
 
 
 def test_the_longest_names_fit_into_the_bound() -> None:
@@ -467,8 +469,10 @@ def test_own_keys_offered_by_the_peer_are_refused(me: str, sender: str, part: st
 
 def test_keys_put_in_place_of_anothers_are_refused() -> None:
     """Given eve at the broker, or cleo with a true identity, when they speak as bert, then nobody listens."""
-    for liar in ("eve", "cleo", "anna"):
-        refused(party("anna"), "bert", make_hello("bert", "anna", signer=liar), BadSignature)
+    refused(party("anna"), "bert", make_hello("bert", "anna", signer="anna"), BadSignature)
+    for liar in ("eve", "cleo", "bert"):
+        if liar != "bert":
+            refused(party("anna"), "bert", make_hello("bert", "anna", signer=liar), BadSignature)
         bert, anna = party("bert"), party("anna")
         forged = make_reply("anna", "bert", anna.hello("bert"), bert.hello("anna"), signer=liar)
         refused(bert, "anna", forged, BadSignature)
@@ -493,6 +497,13 @@ def test_a_reply_of_the_wrong_side_or_without_a_hello_inside_is_refused() -> Non
         reply = make_reply("anna", "bert", bytes(changed), bert.hello("anna"))
         refused(bert, "anna", reply, says=says)
     refused(bert, "anna", bert.hello("anna")[:5] + b"\x03" + bert.hello("anna")[6:], says="another kind")
+
+
+def test_a_reply_of_another_length_is_refused_even_when_its_sender_signed_it() -> None:
+    anna, bert = party("anna"), party("bert")
+    for ciphertext in (bytes(1087), bytes(1089), b""):
+        reply = make_reply("anna", "bert", anna.hello("bert"), bert.hello("anna"), ciphertext=ciphertext)
+        refused(bert, "anna", reply, says="a key reply of")
 
 
 # --- keys with which nothing can be agreed --------------------------------------------------------------------------
@@ -581,6 +592,15 @@ def test_a_peer_that_lost_the_secret_is_named_and_the_secret_stays() -> None:
     refused(bert, "anna", reply, PeerRestarted, says="epoch 3 after 1")
     assert (anna.secret("bert"), bert.secret("anna")) == agreed
     refused(anna, "bert", make_hello("bert", "anna", epoch=9, signer="eve"), BadSignature)
+
+
+def test_an_old_hello_heard_late_is_agreed_on_and_the_new_one_then_named() -> None:
+    """What lay at the broker while its sender started again without its keys cannot be told from a fresh hello."""
+    anna, old, new = party("anna"), party("bert", epoch=1), party("bert", epoch=2)
+    [reply] = anna.hear("bert", old.hello("anna"))
+    refused(anna, "bert", new.hello("anna"), PeerRestarted)
+    refused(new, "anna", reply, says="another hello")
+    assert new.secret("anna") is None
 
 
 def test_a_reply_to_a_hello_of_before_is_refused() -> None:

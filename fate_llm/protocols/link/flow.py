@@ -84,11 +84,17 @@ class Outflow:
             self._interval = min(self._interval * 2, 16 * self._shortest)
         self._probed = now
 
-    def answered(self, now: float) -> None:
-        """A probe was answered; its round trip includes what lay in the queues before it."""
-        if self._probed is not None:
-            self.round_trip = now - self._probed
-            self._probed = None
+    def answered(self, now: float) -> bool:
+        """Whether this answers a probe: each is answered once. Its round trip includes the queues before it."""
+        if self._probed is None:
+            return False
+        self.round_trip = now - self._probed
+        self._probed = None
+        return True
+
+    def lacks(self, received: int) -> bool:
+        """Whether a receiver that has come so far would need chunks that are not kept any more."""
+        return received + 1 < (self._kept[0].number if self._kept else self.sent + 1)
 
 
 class Verdict(Enum):
@@ -142,6 +148,10 @@ class Inflow:
             return True
         self._open = Place(place.message, place.size, end)
         return False
+
+    def abandon(self) -> None:
+        """The message that is coming in will not be ended; the next chunk begins one in its place."""
+        self._open = None
 
     def restore(self, received: int, message: int) -> None:
         """Go on where an earlier process of this party was: the last whole message that was acknowledged."""

@@ -4,6 +4,8 @@
     data     one sealed chunk of a message
     control  a sealed report of 17 bytes: what has been received and sent so far
 
+No message is larger than `LARGEST`, whatever a header says; memory for one is taken only after its first chunk opened.
+
 The whole header of a sealed frame is the associated data of its seal, and the pair's key is bound to job, attempt,
 sender and receiver: a frame that was changed, or belongs elsewhere, does not open.
 
@@ -21,10 +23,12 @@ from enum import IntEnum
 
 from fate_llm.core.errors import BadEnvelope
 from fate_llm.core.interfaces import Buffer
+from fate_llm.security.agreement import MAX_MESSAGE
 
-__all__ = ["CHUNK", "HEADER", "TAG", "Header", "Kind", "Report", "ReportKind", "read_header"]
+__all__ = ["CHUNK", "HEADER", "LARGEST", "TAG", "Header", "Kind", "Report", "ReportKind", "read_header"]
 
 CHUNK = 2 * 1024 * 1024  # bytes of plaintext in one data frame, at most
+LARGEST = 64 * 2**30  # bytes of one message, at most
 TAG = 16  # bytes that sealing adds
 _LAYOUT = struct.Struct(">4sB3s8s6Q")
 _MAGIC = b"FLK1"
@@ -64,8 +68,9 @@ def read_header(frame: Buffer, *, chunk: int = CHUNK) -> Header:
     Raises:
         BadEnvelope: not a frame of this version, or one whose numbers contradict each other or its length.
     """
-    if not HEADER <= len(frame) <= HEADER + chunk + TAG:
-        raise BadEnvelope(f"link: a frame of {len(frame)} bytes; valid: {HEADER} to {HEADER + chunk + TAG}")
+    most = HEADER + max(chunk + TAG, MAX_MESSAGE)
+    if not HEADER <= len(frame) <= most:
+        raise BadEnvelope(f"link: a frame of {len(frame)} bytes; valid: {HEADER} to {most}")
     magic, kind, zeros, session, *numbers = _LAYOUT.unpack_from(frame)
     if magic != _MAGIC or zeros != _ZEROS:
         raise BadEnvelope("link: these bytes do not start like a frame of this version")
@@ -74,13 +79,13 @@ def read_header(frame: Buffer, *, chunk: int = CHUNK) -> Header:
     if max(numbers) >= _HIGHEST:
         raise BadEnvelope("link: a number of the header is too large")
     header = Header(Kind(kind), session, *numbers)
-    fault = _fault(header, len(frame) - HEADER)
+    fault = _fault(header, len(frame) - HEADER, chunk)
     if fault:
         raise BadEnvelope(f"link: {fault}")
     return header
 
 
-def _fault(header: Header, behind: int) -> str | None:
+def _fault(header: Header, behind: int, chunk: int) -> str | None:
     """Why these numbers cannot be, or None. behind: bytes after the header."""
     if header.kind is Kind.AGREE:
         fits = header == Header(Kind.AGREE)
@@ -92,6 +97,10 @@ def _fault(header: Header, behind: int) -> str | None:
     if header.kind is Kind.CONTROL:
         fits = (header.message, header.size, header.offset) == (0, 0, 0) and behind == _REPORT.size + TAG
         return None if fits else "a control frame has the wrong size or fields of a chunk"
+    if behind > chunk + TAG:
+        return f"a chunk of {behind - TAG} bytes; at most {chunk}"
+    if header.size > LARGEST:
+        return f"a message of {header.size} bytes; at most {LARGEST}"
     if header.message < 1 or header.offset + behind - TAG > header.size:
         return f"a chunk of {behind - TAG} bytes at {header.offset} of a message of {header.size}"
     if behind == TAG and header.size:

@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from fate_llm.core.errors import InternalError
+from fate_llm.core.errors import FederationError, InternalError, TransportClosed
 from fate_llm.core.interfaces import Buffer
 
-__all__ = ["Position", "SegmentLog"]
+__all__ = ["Position", "SegmentLog", "sync_folder", "unwritable", "write_all"]
 
 _PREFIX = struct.Struct(">II")
 _SEGMENT = 32 * 1024 * 1024
@@ -41,6 +41,8 @@ class SegmentLog:
         self._current = max(self._numbers(), default=0)
         self._end = 0
         self._unsynced = False
+        self._unlisted = False  # the file's name may not be on disk yet
+        self._closed = False
 
     def recover(self) -> Iterator[tuple[Position, bytes]]:
         """Every whole record that an earlier process left, in order; new records go to a new segment."""
@@ -54,14 +56,22 @@ class SegmentLog:
                     offset += _PREFIX.size + len(content)
 
     def append(self, parts: Sequence[Buffer]) -> Position:
-        """Write one record (the parts, joined); it survives this process as soon as this returns."""
+        """Write one record (the parts, joined); it survives this process as soon as this returns.
+
+        Raises:
+            FederationError: the disk does not take it; nothing of it stays. TransportClosed: the log is closed.
+        """
+        if self._closed:
+            raise TransportClosed(f"the journal {self._folder.name} is closed")
         size = sum(len(part) for part in parts)
-        if self._file is None or self._end >= self._segment:
-            self._begin()
-        assert self._file is not None
         head = b"".join(bytes(memoryview(part)[:_CHECKED]) for part in parts[:_CHECKED])[:_CHECKED]
-        position = (self._current, self._end)
-        _write_all(self._file, [_PREFIX.pack(size, zlib.crc32(head)), *parts])
+        try:
+            file = self._writable()
+            position = (self._current, self._end)
+            write_all(file, [_PREFIX.pack(size, zlib.crc32(head)), *parts])
+        except OSError as error:
+            self._cut_back()
+            raise unwritable(self._folder, error) from None
         self._end += _PREFIX.size + size
         self._live[self._current] += 1
         self._unsynced = True
@@ -83,6 +93,8 @@ class SegmentLog:
 
     def drop(self, position: Position) -> None:
         """The record is not needed any more. The file goes when all its records have."""
+        if self._closed:
+            return
         number = position[0]
         self._live[number] -= 1
         if self._live[number] == 0 and number != self._current:
@@ -90,13 +102,24 @@ class SegmentLog:
             self._path(number).unlink(missing_ok=True)
 
     def sync(self) -> None:
-        """What was appended survives a power cut as well."""
-        if self._unsynced and self._file is not None:
+        """What was appended survives a power cut as well.
+
+        Raises:
+            FederationError: the disk failed.
+        """
+        if not self._unsynced or self._file is None:
+            return
+        try:
             os.fdatasync(self._file)
-            self._unsynced = False
+            if self._unlisted:
+                sync_folder(self._folder)
+        except OSError as error:
+            raise unwritable(self._folder, error) from None
+        self._unsynced = self._unlisted = False
 
     def close(self, *, remove: bool = False) -> None:
         """remove: nothing in it is needed any more."""
+        self._closed = True
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -105,10 +128,27 @@ class SegmentLog:
                 self._path(number).unlink(missing_ok=True)
             self._live.clear()
 
-    def _begin(self) -> None:
+    def _writable(self) -> int:
+        """The file that the next record goes into."""
+        if self._file is None or self._end >= self._segment:
+            return self._begin()
+        return self._file
+
+    def _cut_back(self) -> None:
+        """Drop what a failed append left of its record: the next one, and recovery, would trip over it."""
+        if self._file is None:
+            return
+        try:
+            os.ftruncate(self._file, self._end)
+            os.lseek(self._file, self._end, os.SEEK_SET)
+        except OSError:
+            self._closed = True
+
+    def _begin(self) -> int:
         if self._file is not None:
             self.sync()
             os.close(self._file)
+            self._file = None
         if self._live.get(self._current) == 0:
             self._path(self._current).unlink(missing_ok=True)
             del self._live[self._current]
@@ -117,6 +157,8 @@ class SegmentLog:
         self._file = os.open(self._path(self._current), flags, 0o600)
         self._end = 0
         self._live[self._current] = 0
+        self._unlisted = True
+        return self._file
 
     def _numbers(self) -> list[int]:
         return sorted(int(path.stem) for path in self._folder.glob("*.log"))
@@ -125,7 +167,25 @@ class SegmentLog:
         return self._folder / f"{number:08d}.log"
 
 
-def _write_all(file: int, parts: Sequence[Buffer]) -> None:
+def unwritable(folder: Path, error: OSError) -> FederationError:
+    """What the party's own disk refused, in words."""
+    return FederationError(
+        f"the link's journal in {folder} cannot be written: {error.strerror or error}",
+        hint="Make room on that disk and start this party again: it goes on from its journal.",
+    )
+
+
+def sync_folder(folder: Path) -> None:
+    """Names of files that were made or replaced in it survive a power cut."""
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def write_all(file: int, parts: Sequence[Buffer]) -> None:
+    """All of the parts, however often the system takes less than it is given."""
     views = [memoryview(part).cast("B") for part in parts if len(part)]
     while views:
         written = os.writev(file, views[:1000])

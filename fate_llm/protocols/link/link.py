@@ -18,6 +18,7 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -32,6 +33,7 @@ from fate_llm.core.errors import (
     FateError,
     FederationError,
     InternalError,
+    MessageLost,
     PeerFailed,
     PeerRestarted,
     PeerViolation,
@@ -41,7 +43,7 @@ from fate_llm.core.interfaces import Buffer, Delivery, Progress, Transport
 from fate_llm.security.identity import Identity, PublicIdentity
 
 from .flow import Verdict
-from .frames import CHUNK, HEADER, Header, Kind, Report, ReportKind, read_header
+from .frames import CHUNK, HEADER, LARGEST, Header, Kind, Report, ReportKind, read_header
 from .peer import Message, Peer, cut
 from .session import Session
 
@@ -50,6 +52,7 @@ __all__ = ["LinkCounters", "SecureLink", "Timing"]
 Observer = Callable[[str, Mapping[str, Any]], None]
 OnGone = Callable[[str, str, str], None]
 _AGREE = Header(Kind.AGREE).to_bytes()
+_HOLES = 3  # times in a row that a party asks for what it had reported; once may be an old question
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,29 +174,43 @@ class SecureLink:
 
         Raises:
             PeerFailed: the receiver is gone. TransportClosed: the link was closed, or its transport gave up.
+            FederationError: nobody of that name, a message above `LARGEST`, or a disk that does not take it; after
+                the last the link has ended.
         """
         peer = self._peers.get(receiver)
         if peer is None:
             raise FederationError(f"{receiver} is not a party of this job")
         size = sum(memoryview(part).nbytes for part in parts)
+        if size > LARGEST:
+            raise FederationError(f"a message of {size} bytes to {receiver}; at most {LARGEST}: send it in parts")
         with peer.sending:
             self._wait_for(peer, lambda: peer.ready)
             peer.last_message += 1
-            offset = 0
-            for piece in cut(parts, self._chunk):
-                self._wait_for(peer, lambda: peer.outflow.waiting_bytes < self._unreported)
-                if peer.left:
-                    return size
-                number, position, frame = peer.seal(piece, peer.last_message, size, offset)
-                with self._changed:
-                    peer.outflow.add(number, position, len(frame), self._clock())
-                    peer.unreported, peer.report_due = 0, None
-                self._transport.send(receiver, [frame])
-                offset += len(piece)
-            counters = self.counters[receiver]
-            counters.messages_sent += 1
-            counters.bytes_sent += size
+            whole = False
+            try:
+                whole = self._send_pieces(peer, parts, size)
+            finally:
+                if not whole and peer.gone is None:
+                    text = f"a message to {receiver} was broken off, and nothing can follow it in this process"
+                    self._break(FederationError(text, hint="Start this party again: it goes on from its journal."))
         return size
+
+    def _send_pieces(self, peer: Peer, parts: Sequence[Buffer], size: int) -> bool:
+        offset = 0
+        for piece in cut(parts, self._chunk):
+            self._wait_for(peer, lambda: peer.outflow.waiting_bytes < self._unreported)
+            if peer.left:
+                return True
+            number, position, frame = peer.seal(piece, peer.last_message, size, offset)
+            with self._changed:
+                peer.outflow.add(number, position, len(frame), self._clock())
+                peer.unreported, peer.report_due = 0, None
+            self._transport.send(peer.name, [frame])
+            offset += len(piece)
+        counters = self.counters[peer.name]
+        counters.messages_sent += 1
+        counters.bytes_sent += size
+        return True
 
     def _wait_for(self, peer: Peer, condition: Callable[[], bool]) -> None:
         with self._changed:
@@ -218,7 +235,8 @@ class SecureLink:
 
     def ack(self, delivery: Delivery) -> None:
         if isinstance(delivery.tag, _Tag) and delivery.tag.link is self and not self._closing:
-            self._peers[delivery.sender].acknowledge(delivery.tag.message)
+            with contextlib.suppress(TransportClosed):  # closed meanwhile: it comes again
+                self._peers[delivery.sender].acknowledge(delivery.tag.message)
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until every party that is still there has reported all that was sent to it.
@@ -278,19 +296,29 @@ class SecureLink:
         for peer in self._peers.values():
             with peer.sending:
                 peer.close(remove=finished)
-        if finished:
-            self._session.remove()
+        self._session.close(remove=finished)
 
     def _raise_if_broken(self) -> None:
         if self._broken is not None:
             raise self._broken
+
+    # --- for metrics ----------------------------------------------------------------------------------------
+
+    def unreported(self) -> dict[str, int]:
+        """Bytes on the way to each party that it has not reported yet."""
+        return {name: peer.outflow.waiting_bytes for name, peer in self._peers.items()}
+
+    def round_trips(self) -> dict[str, float]:
+        """Seconds from the last probe to its answer, of each party that was ever asked."""
+        found = {name: peer.outflow.round_trip for name, peer in self._peers.items()}
+        return {name: seconds for name, seconds in found.items() if seconds is not None}
 
     # --- the pump: everything that comes in, and the clock --------------------------------------------------
 
     def _run(self) -> None:
         tick = min(self._timing.report, self._timing.probe / 2)
         try:
-            while True:
+            while not self._closing:
                 delivery = self._transport.receive(0.0 if self._to_ack else tick)
                 if delivery is not None:
                     self._take(delivery)
@@ -352,7 +380,9 @@ class SecureLink:
         if verdict is Verdict.TWICE:
             counters.duplicates += 1
             if not peer.same_as_before(header, delivery.body):
-                raise ConflictingDuplicate(f"chunk {header.number} of {peer.name} came twice with other content")
+                error = ConflictingDuplicate(f"chunk {header.number} of {peer.name} came twice with other content")
+                self._convict(peer, header, delivery.body, error)
+                raise error
         elif verdict is Verdict.EARLY and len(self._early) < self._window:
             counters.early += 1
             known = (peer.name, header.number) in self._early
@@ -366,15 +396,24 @@ class SecureLink:
                 self._next_chunk(peer, held[0], held[1].body)
         return True
 
+    def _convict(self, peer: Peer, header: Header, frame: memoryview, error: PeerViolation) -> None:
+        """What others make up is dropped, and the right chunk asked for; what a party itself seals stays wrong."""
+        if peer.is_its_own(header, frame):
+            self._gone(peer, error.code, f"broke the protocol, or lost its journal: {error.message}")
+
     def _next_chunk(self, peer: Peer, header: Header, frame: memoryview) -> None:
-        message = peer.take(header, frame)
-        self._alive(peer, header.received)
+        try:
+            message = peer.take(header, frame)
+        except PeerViolation as error:
+            self._convict(peer, header, frame, error)
+            raise
         with self._changed:
             peer.unreported += len(frame)
             if peer.report_due is None:
                 peer.report_due = self._clock() + self._timing.report
         if message is not None:
             self._hand_over(peer, message)
+        self._alive(peer, header.received)
         if peer.unreported >= self._unreported // 4:
             self._tell(peer, ReportKind.RECEIPT)
 
@@ -413,8 +452,8 @@ class SecureLink:
             self._tell(peer, ReportKind.ASK if missing else ReportKind.ANSWER)
         elif report.kind in (ReportKind.ASK, ReportKind.ANSWER):
             with self._changed:
-                peer.outflow.answered(now)
-            if report.kind is ReportKind.ASK:
+                wanted = peer.outflow.answered(now)
+            if report.kind is ReportKind.ASK and wanted:  # who asks unasked gets nothing: no storms
                 self._send_again(peer, report)
         elif report.kind is ReportKind.BYE:
             if peer.inflow.received < report.sent:  # it will not answer; what is missing never comes
@@ -427,16 +466,27 @@ class SecureLink:
             self._transport.forget(peer.name)
 
     def _send_again(self, peer: Peer, report: Report) -> None:
-        for position in peer.outflow.missing(report.received, report.sent):
+        with self._changed:
+            positions = peer.outflow.missing(report.received, report.sent)
+            peer.holes = peer.holes + 1 if peer.outflow.lacks(report.received) else 0
+        if peer.holes >= _HOLES:
+            self._gone(
+                peer, MessageLost.code, "has lost chunks that it had reported as received: its journal is damaged"
+            )
+        for position in positions:
             self.counters[peer.name].chunks_sent_again += 1
             self._transport.send(peer.name, [peer.kept(position)])
 
     def _alive(self, peer: Peer, received: int) -> None:
         """A frame of the party opened: it lives, and has come so far."""
-        with self._changed:
-            peer.heard = self._clock()
-            done = peer.outflow.reported(received, peer.heard)
-            self._changed.notify_all()
+        try:
+            with self._changed:
+                peer.heard = self._clock()
+                done = peer.outflow.reported(received, peer.heard)
+                self._changed.notify_all()
+        except PeerViolation as error:
+            self._gone(peer, error.code, f"broke the protocol, or our journal lost its end: {error.message}")
+            raise
         peer.forget(done)
 
     def _refuse(self, sender: str, error: PeerViolation) -> None:
@@ -471,9 +521,6 @@ class SecureLink:
         if quiet > self._timing.silence:
             self._gone(peer, "silent", f"has given no sign of life for {quiet:.0f} s")
         elif peer.outflow.probe_due(now) or (quiet > self._timing.keepalive < now - peer.asked):
-            with self._changed:
-                peer.outflow.probed(now)
-                peer.asked = now
             self._tell(peer, ReportKind.PROBE)
         elif peer.report_due is not None and now >= peer.report_due:
             self._tell(peer, ReportKind.RECEIPT)
@@ -485,6 +532,9 @@ class SecureLink:
     def _tell(self, peer: Peer, kind: ReportKind) -> None:
         with self._changed:
             peer.unreported, peer.report_due = 0, None
+            if kind is ReportKind.PROBE:
+                peer.asked = self._clock()
+                peer.outflow.probed(peer.asked)
             frame = peer.report(kind)
         self._transport.send(peer.name, [frame])
 

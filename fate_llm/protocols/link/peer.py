@@ -48,6 +48,7 @@ class _Incoming:
     number: int
     buffer: memoryview
     positions: list[Position]
+    epoch: int
 
 
 class Peer:
@@ -79,7 +80,9 @@ class Peer:
         self._newest: Position | None = None  # of the outbox; kept although it was reported
         self._incoming: _Incoming | None = None
         self._stored: dict[int, tuple[list[Position], int]] = {}  # by whole message: its chunks, its last number
+        self._done: set[int] = set()  # acknowledged out of turn: noted once all before them are, too
         self._acked: Position | None = None
+        self.holes = 0  # how often in a row the peer asked for what it had reported
         self._tags: dict[int, bytes] = {}
 
     # --- keys -----------------------------------------------------------------------------------------------
@@ -154,16 +157,21 @@ class Peer:
         again: it is read back from the inbox and need not be written.
 
         Raises:
-            BadSeal: changed on its way. PeerViolation: well sealed, but out of place. Nothing has changed then.
+            BadSeal: changed on its way. PeerViolation: well sealed, but out of place, or larger than our memory.
+                Nothing has changed then.
         """
         place = Place(header.message, header.size, header.offset)
-        self.inflow.check(place)
-        length = len(frame) - HEADER - TAG
-        incoming = self._incoming
-        if incoming is None:  # memory is only reserved here; pages come with what is written
-            incoming = _Incoming(header.message, np.empty(header.size, dtype=np.uint8).data, [])
-        out = incoming.buffer[header.offset : header.offset + length]
-        self._receive.open(header.epoch, header.number, bytes(frame[:HEADER]), frame[HEADER:], out=out)
+        incoming, length = self._incoming, len(frame) - HEADER - TAG
+        abandons = incoming is not None and _abandons(header, incoming)
+        if not abandons:
+            self.inflow.check(place)
+        if incoming is None or abandons:
+            kept = [] if incoming is None else incoming.positions  # until the message in its place is acknowledged
+            incoming = self._begin(header, frame, kept)
+            self.inflow.abandon()
+        else:
+            out = incoming.buffer[header.offset : header.offset + length]
+            self._receive.open(header.epoch, header.number, bytes(frame[:HEADER]), frame[HEADER:], out=out)
         if not again:
             with self._in_lock:
                 incoming.positions.append(self._inbox.append([_CHUNK, frame]))
@@ -176,6 +184,26 @@ class Peer:
         with self._in_lock:
             self._stored[header.message] = (incoming.positions, header.number)
         return Message(header.message, incoming.buffer.toreadonly(), again)
+
+    def _begin(self, header: Header, frame: memoryview, positions: list[Position]) -> _Incoming:
+        """Open a message's first chunk; only what it proves of the size is given memory (pages come when written)."""
+        content = self._receive.open(header.epoch, header.number, bytes(frame[:HEADER]), frame[HEADER:])
+        try:
+            buffer = np.empty(header.size, dtype=np.uint8).data
+        except (MemoryError, ValueError):
+            raise PeerViolation(
+                f"{self.name} announces a message of {header.size} bytes, more than fits here"
+            ) from None
+        buffer[: len(content)] = content
+        return _Incoming(header.message, buffer, positions, header.epoch)
+
+    def is_its_own(self, header: Header, frame: memoryview) -> bool:
+        """Whether the peer itself sealed this chunk: what is wrong with it then is no accident on the way."""
+        try:
+            self._receive.open(header.epoch, header.number, bytes(frame[:HEADER]), frame[HEADER:])
+        except PeerViolation:
+            return False
+        return True
 
     def open_report(self, header: Header, frame: memoryview) -> Report | None:
         """The content of a control frame, or None when it came before.
@@ -193,14 +221,21 @@ class Peer:
     def acknowledge(self, message: int) -> None:
         """The message is safe with its reader: the inbox need not keep it."""
         with self._in_lock:
-            positions, last = self._stored.pop(message, ([], 0))
-            if not last:
+            if message not in self._stored:
                 return
-            note = self._inbox.append([_ACKED, _NOTE.pack(message, last)])
-            for position in positions:
+            self._done.add(message)
+            dropped: list[Position] = []
+            noted = None
+            while (oldest := next(iter(self._stored), 0)) in self._done:
+                positions, last = self._stored.pop(oldest)
+                self._done.remove(oldest)
+                dropped += positions
+                noted = (oldest, last)
+            if noted is None:
+                return
+            note = self._inbox.append([_ACKED, _NOTE.pack(*noted)])
+            for position in dropped if self._acked is None else [*dropped, self._acked]:
                 self._inbox.drop(position)
-            if self._acked is not None:
-                self._inbox.drop(self._acked)
             self._acked = note
 
     def sync(self) -> None:
@@ -215,7 +250,8 @@ class Peer:
         for position, frame in self._outbox.recover():
             header = read_header(frame)
             self.outflow.add(header.number, position, len(frame), now)
-            self.last_message = header.message
+            whole = header.offset + len(frame) - HEADER - TAG == header.size
+            self.last_message = header.message if whole else header.message - 1  # its rest died with the process
         notes: list[tuple[int, int]] = []
         chunks: deque[tuple[Header, Position, bytes]] = deque()
         for position, record in self._inbox.recover():
@@ -246,6 +282,11 @@ class Peer:
             self._outbox.close(remove=remove)
         with self._in_lock:
             self._inbox.close(remove=remove)
+
+
+def _abandons(header: Header, incoming: _Incoming) -> bool:
+    """Whether a message that is coming in will not be ended: its sender's process died, and the next begins anew."""
+    return header.offset == 0 and header.message == incoming.number and header.epoch > incoming.epoch
 
 
 def cut(parts: Sequence[Buffer], chunk: int) -> Iterator[Buffer]:

@@ -24,15 +24,16 @@ from __future__ import annotations
 
 import functools
 import ipaddress
+import itertools
 import logging
 import ssl
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 import pika
 import pika.exceptions
@@ -44,9 +45,12 @@ from fate_llm.core.names import nearest
 
 from ..broker_layout import control_inbox, control_key, exchange_of, job_inbox, job_key
 
-__all__ = ["PLUGIN", "BrokerAddress", "RabbitTransport"]
+__all__ = ["PLUGIN", "BrokerAddress", "RabbitTransport", "TransportCounters", "delete_inboxes", "log_in"]
 
 _RECEIVE_BYTES = 256 * 1024  # pika reads 4096 bytes at a time, which makes large messages slow
+_FAREWELL = 3.0  # seconds for the broker to answer at the end
+_SETUP = 20.0  # seconds for the broker to make our inbox
+_STEADY = 2.0  # seconds after which a connection was not merely a spark
 _EXCHANGE_PREFIX = exchange_of("")
 _OPTIONS = ("plaintext", "cacertfile", "certfile", "keyfile", "server_name", "heartbeat", "queues")
 logging.getLogger("pika").setLevel(logging.CRITICAL)  # what matters is raised or reported here
@@ -58,7 +62,7 @@ class BrokerAddress:
 
     ca_file, cert_file, key_file: PEM; without ca_file the system's authorities count. server_name: the name in the
     broker's certificate, when it is not the host. queues: `classic`, or `quorum` for a broker of several nodes.
-    heartbeat: seconds.
+    heartbeat: seconds. others: host and port of further nodes of the same broker, tried in turn.
     """
 
     host: str
@@ -73,79 +77,81 @@ class BrokerAddress:
     server_name: str | None = None
     heartbeat: int = 30
     queues: str = "classic"
+    others: tuple[tuple[str, int], ...] = ()
 
     @classmethod
     def from_url(cls, url: str, *, password: str | None = None, ca_file: str | None = None) -> BrokerAddress:
         """`amqps://user:password@host:5671/vhost?cacertfile=...&certfile=...&keyfile=...&heartbeat=30&queues=quorum`.
 
+        A broker of several nodes: `amqps://user:password@one:5671,two:5671,three:5671/vhost`.
         Without TLS, on this machine only: `amqp://...@127.0.0.1:5672/vhost?plaintext=loopback`.
 
         Raises:
             ConfigurationError: another form, an unknown option, or no TLS where it has to be. The password is not
                 repeated.
         """
-        parts = urlsplit(url)
-        shown = f"{parts.scheme}://...@{parts.hostname}"
-        if parts.scheme not in ("amqp", "amqps") or not parts.hostname:
-            raise ConfigurationError(
-                f"{shown} is no broker's address", hint="valid: amqps://user:password@host:5671/vhost"
-            )
-        options = dict(parse_qsl(parts.query, keep_blank_values=True))
+        scheme, login, nodes, vhost, query = _parts(url)
+        shown = f"{scheme}://...@{','.join(host for host, _ in nodes)}"
+        options = dict(parse_qsl(query, keep_blank_values=True))
         for name in options:
             if name not in _OPTIONS:
                 raise ConfigurationError(
                     f"the broker's address has an unknown option {name!r}", hint=nearest(name, _OPTIONS)
                 )
-        tls = parts.scheme == "amqps"
+        tls = scheme == "amqps"
         if not tls:
-            _require_loopback(parts.hostname, options.get("plaintext"))
-        try:
-            port = parts.port or (5671 if tls else 5672)
-            heartbeat = int(options.get("heartbeat", "30"))
-        except ValueError:
-            raise ConfigurationError(f"{shown}: port and heartbeat are whole numbers") from None
-        queues = options.get("queues", "classic")
-        if queues not in ("classic", "quorum") or not 0 < heartbeat <= 3600:
+            for host, _ in nodes:
+                _require_loopback(host, options.get("plaintext"))
+        queues, heartbeat = options.get("queues", "classic"), options.get("heartbeat", "30")
+        if queues not in ("classic", "quorum") or not heartbeat.isdecimal() or not 0 < int(heartbeat) <= 3600:
             raise ConfigurationError(f"{shown}: queues is classic or quorum, heartbeat 1 to 3600 seconds")
+        user, _, written = login.partition(":")
         return cls(
-            parts.hostname,
-            port,
-            unquote(parts.path[1:]) or "/",
-            unquote(parts.username or "guest"),
-            password if password is not None else unquote(parts.password or "guest"),
+            *nodes[0],
+            vhost,
+            unquote(user) or "guest",
+            password if password is not None else unquote(written) or "guest",
             tls,
             ca_file or options.get("cacertfile"),
             options.get("certfile"),
             options.get("keyfile"),
             options.get("server_name"),
-            heartbeat,
+            int(heartbeat),
             queues,
+            tuple(nodes[1:]),
         )
 
     def __str__(self) -> str:
-        return f"{'amqps' if self.tls else 'amqp'}://{self.user}@{self.host}:{self.port}/{self.vhost}"
+        nodes = ",".join(f"{host}:{port}" for host, port in self.nodes)
+        return f"{'amqps' if self.tls else 'amqp'}://{self.user}@{nodes}/{quote(self.vhost, safe='')}"
 
-    def parameters(self) -> pika.ConnectionParameters:
-        """For pika; certificates are read now.
+    @property
+    def nodes(self) -> tuple[tuple[str, int], ...]:
+        """Host and port of every node that is known."""
+        return ((self.host, self.port), *self.others)
+
+    def parameters(self, attempt: int = 0, *, limit: float = 15.0) -> pika.ConnectionParameters:
+        """For pika; certificates are read now. attempt: counts through the nodes. limit: seconds until it is open.
 
         Raises:
             ConfigurationError: a certificate file that cannot be read.
         """
+        host, port = self.nodes[attempt % len(self.nodes)]
         return pika.ConnectionParameters(
-            host=self.host,
-            port=self.port,
+            host=host,
+            port=port,
             virtual_host=self.vhost,
             credentials=pika.PlainCredentials(self.user, self.password, erase_on_connect=False),
             heartbeat=self.heartbeat,
-            ssl_options=self._ssl_options() if self.tls else None,
+            ssl_options=self._ssl_options(host) if self.tls else None,
             blocked_connection_timeout=None,
             connection_attempts=1,
-            socket_timeout=10.0,
-            stack_timeout=15.0,
+            socket_timeout=min(10.0, limit),
+            stack_timeout=min(15.0, limit),
             client_properties={"product": "fate_llm"},
         )
 
-    def _ssl_options(self) -> pika.SSLOptions:
+    def _ssl_options(self, host: str) -> pika.SSLOptions:
         try:
             context = ssl.create_default_context(cafile=self.ca_file)
             context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -154,7 +160,31 @@ class BrokerAddress:
         except (OSError, ssl.SSLError) as error:
             files = ", ".join(filter(None, (self.ca_file, self.cert_file, self.key_file)))
             raise ConfigurationError(f"the certificates for {self} cannot be read ({files}): {error}") from None
-        return pika.SSLOptions(context, self.server_name or self.host)
+        return pika.SSLOptions(context, self.server_name or host)
+
+
+def _parts(url: str) -> tuple[str, str, list[tuple[str, int]], str, str]:
+    """Scheme, login, nodes, virtual host and options of a broker's address. Nothing of a bad one is repeated.
+
+    Raises:
+        ConfigurationError: another form.
+    """
+    hint = "valid: amqps://user:password@host:5671/vhost, with %-codes for special characters in the password"
+    fault = ConfigurationError("this is no broker's address", hint=hint)
+    try:
+        parts = urlsplit(url)
+        login, at, hosts = parts.netloc.rpartition("@")
+        behind = f"{parts.path}{parts.query}{parts.fragment}"
+        if parts.scheme not in ("amqp", "amqps") or (not at and "@" in behind) or parts.fragment:
+            raise fault
+        usual = 5671 if parts.scheme == "amqps" else 5672
+        found = [urlsplit(f"//{item}") for item in hosts.split(",")]
+        nodes = [(one.hostname or "", one.port or usual) for one in found]
+    except ValueError:  # its words repeat the address
+        raise fault from None
+    if not all(host for host, _ in nodes):
+        raise fault
+    return parts.scheme, login, nodes, unquote(parts.path[1:]) or "/", parts.query
 
 
 def _require_loopback(host: str, plaintext: str | None) -> None:
@@ -174,24 +204,27 @@ def _require_loopback(host: str, plaintext: str | None) -> None:
         )
 
 
-@dataclass(slots=True)
-class _Frame:
-    body: bytes | bytearray
-    again: bool = False
-
-
 class _Lane:
     """Frames to one receiver: waiting, and published but not confirmed (by delivery tag, in order)."""
 
     def __init__(self) -> None:
-        self.waiting: deque[_Frame] = deque()
-        self.flying: OrderedDict[int, _Frame] = OrderedDict()
+        self.waiting: deque[bytes | bytearray] = deque()
+        self.flying: dict[int, bytes | bytearray] = {}
         self.bytes = 0
         self.proven = False  # a frame has been taken by an inbox on this connection
-        self.returned: list[_Frame] = []
+        self.returned: dict[int, bytes | bytearray] = {}  # by delivery tag; not taken, to be tried again after a pause
         self.pause = 0.0
         self.retry_planned = False
         self.forgotten = False  # the receiver has left
+
+    def take_back(self, *, flying: bool) -> None:
+        """What was returned (and with `flying` what was not confirmed) waits again, in the order it was sent."""
+        again = self.returned | (self.flying if flying else {})
+        self.waiting.extendleft(again[tag] for tag in sorted(again, reverse=True))
+        self.returned.clear()
+        if flying:
+            self.flying.clear()
+        self.proven = self.retry_planned = False
 
 
 @dataclass(slots=True)
@@ -235,12 +268,14 @@ class RabbitTransport:
         self._members = tuple(members)
         self._job = job
         self._inbox = job_inbox(party, job) if job is not None else control_inbox(party)
-        self._expires, self._prefetch, self._window, self._outage = expires, prefetch, window, outage
+        self._expires, self._prefetch, self._window = expires, prefetch, window
+        self._meet, self._outage = meet, outage
         self._observer = observer
         self._changed = threading.Condition()
         self._lanes = {member: _Lane() for member in members}
         self._incoming: deque[Delivery] = deque()
         self._generation = 0
+        self._attempt = 0
         self._connected = False
         self._blocked = False
         self._closing = False
@@ -249,12 +284,13 @@ class RabbitTransport:
         self._reason: BaseException | None = None
         self._connection: Any = None
         self._channel: Any = None
-        self._prepare(meet)
+        self._prepare()
         self._thread = threading.Thread(target=self._serve, name=f"rabbitmq-{party}", daemon=True)
         self._thread.start()
         with self._changed:
             self._changed.wait_for(lambda: self._connected or self._error is not None)
         if self._error is not None:
+            self._thread.join()
             raise self._error
 
     # --- the seam -------------------------------------------------------------------------------------------
@@ -276,7 +312,7 @@ class RabbitTransport:
             if lane.forgotten:
                 return size
             lane.bytes += size
-            lane.waiting.append(_Frame(body))
+            lane.waiting.append(body)
         self._call(functools.partial(self._publish_lane, receiver))
         return size
 
@@ -315,14 +351,15 @@ class RabbitTransport:
         return None  # frames come whole
 
     def close(self, *, finished: bool = False) -> None:
+        """Stop. finished: the job's inbox goes as well; a control inbox stays."""
         with self._changed:
             if self._closing:
                 return
-            self._closing, self._remove = True, finished
+            self._closing, self._remove = True, finished and self._job is not None
             self._changed.notify_all()
         self._call(self._leave)
         if threading.current_thread() is not self._thread:
-            self._thread.join(20.0)
+            self._thread.join(4 * _FAREWELL)
 
     def _over(self) -> bool:
         return self._closing or self._error is not None
@@ -339,13 +376,13 @@ class RabbitTransport:
 
     # --- before the first connection ------------------------------------------------------------------------
 
-    def _prepare(self, meet: float) -> None:
+    def _prepare(self) -> None:
         """Log in once, plainly, so that what is wrong is said at once; make exchanges where that is allowed."""
-        until = time.monotonic() + meet
+        until = time.monotonic() + self._meet
         pause = 0.1
         while True:
             try:
-                self._check_layout()
+                self._check_layout(until - time.monotonic())
             except pika.exceptions.AMQPError as error:
                 refused = _refusal(error, self._address)
                 if refused is not None:
@@ -355,11 +392,12 @@ class RabbitTransport:
                     raise BrokerLost(text) from None
             else:
                 return
+            self._attempt += 1
             time.sleep(pause)
             pause = min(2 * pause, 2.0)
 
-    def _check_layout(self) -> None:
-        connection = pika.BlockingConnection(self._address.parameters())
+    def _check_layout(self, limit: float) -> None:
+        connection = pika.BlockingConnection(self._address.parameters(self._attempt, limit=max(limit, 1.0)))
         try:
             for member in self._members:
                 name = exchange_of(member)
@@ -377,12 +415,13 @@ class RabbitTransport:
 
     def _serve(self) -> None:
         """Keep a connection until the transport is closed or gives up."""
-        lost_at = time.monotonic()
+        began = lost_at = time.monotonic()
         pause = 0.05
         while not self._over():
             before = self._generation
+            patience = self._outage if before else self._meet
             try:
-                self._run_connection()
+                self._run_connection(lost_at + patience - time.monotonic())
             # The boundary of a thread: whoever waits must see why nothing moves any more.
             except Exception as error:
                 self._reason = self._reason or error
@@ -390,36 +429,56 @@ class RabbitTransport:
             self._disconnected()
             if self._over():
                 break
+            now = time.monotonic()
             if was_up:
-                lost_at, pause = time.monotonic(), 0.05
-            refused = _refusal(self._reason, self._address)
+                lost_at = now
+                pause = 0.05 if now - began > _STEADY else pause
+            refused = _refusal(self._reason, self._address, was_up=was_up)
             if refused is not None:
                 self._fail(refused)
-            elif time.monotonic() - lost_at > self._outage:
+            elif now - lost_at >= patience:
                 why = _words(self._reason)
-                self._fail(BrokerLost(f"the broker {self._address} has been away for {self._outage:g} s: {why}"))
+                self._fail(BrokerLost(f"the broker {self._address} has been away for {patience:g} s: {why}"))
             else:
-                self._tell("broker_away", seconds=round(time.monotonic() - lost_at, 1), why=_words(self._reason))
-                time.sleep(pause)
+                self._tell("broker_away", seconds=round(now - lost_at, 1), why=_words(self._reason))
+                with self._changed:
+                    self._changed.wait_for(self._over, min(pause, lost_at + patience - now))
                 pause = min(2 * pause, 2.0)
+                self._attempt += 1
+                began = time.monotonic()
 
-    def _run_connection(self) -> None:
+    def _run_connection(self, limit: float) -> None:
+        """One connection from its beginning to its end. limit: seconds until it has to be open."""
         self._reason = None
         connection = SelectConnection(
-            self._address.parameters(),
+            self._address.parameters(self._attempt, limit=max(limit, 1.0)),
             on_open_callback=self._opened,
             on_open_error_callback=self._ended,
             on_close_callback=self._ended,
         )
         connection.add_on_connection_blocked_callback(lambda *_: self._set_blocked(True))
         connection.add_on_connection_unblocked_callback(lambda *_: self._set_blocked(False))
-        with self._changed:
-            self._connection = connection
-        connection.ioloop.start()
+        try:
+            with self._changed:
+                if self._over():
+                    return
+                self._connection = connection
+            connection.ioloop.start()
+        finally:
+            with self._changed:
+                self._connection = None
+            _dispose(connection)
 
     def _opened(self, connection: Any) -> None:
         _read_in_large_pieces(connection)
+        connection.ioloop.call_later(_SETUP, functools.partial(self._check_setup, connection, self._generation))
         connection.channel(on_open_callback=self._channel_opened)
+
+    def _check_setup(self, connection: Any, generation: int) -> None:
+        """A broker that lives, but cannot make or read our inbox (a cluster without its majority), is tried anew."""
+        if generation == self._generation:
+            self._reason = self._reason or TimeoutError(f"no inbox within {_SETUP:g} s")
+            connection.ioloop.stop()
 
     def _channel_opened(self, channel: Any) -> None:
         self._channel = channel
@@ -474,16 +533,10 @@ class RabbitTransport:
         """Everything published and not confirmed goes back to the front of its lane."""
         with self._changed:
             self._connected = self._blocked = False
-            self._connection = self._channel = None
+            self._channel = None
             self._incoming.clear()  # not acknowledged: it comes again
             for lane in self._lanes.values():
-                again = [*lane.returned, *lane.flying.values()]
-                for frame in again:
-                    frame.again = True
-                lane.waiting.extendleft(reversed(again))
-                lane.flying.clear()
-                lane.returned.clear()
-                lane.proven = lane.retry_planned = False
+                lane.take_back(flying=True)
                 lane.pause = 0.0
             self._changed.notify_all()
 
@@ -505,9 +558,8 @@ class RabbitTransport:
     def _call(self, function: Callable[[], None]) -> None:
         """Run something on the connection's thread, if there is a connection; otherwise it is not needed."""
         with self._changed:
-            connection = self._connection
-        if connection is not None:
-            connection.ioloop.add_callback_threadsafe(function)
+            if self._connection is not None:
+                self._connection.ioloop.add_callback_threadsafe(function)
 
     # --- publishing (connection's thread) -------------------------------------------------------------------
 
@@ -526,7 +578,7 @@ class RabbitTransport:
             properties = pika.BasicProperties(
                 delivery_mode=2, user_id=self._address.user, message_id=str(tag), correlation_id=receiver
             )
-            self._channel.basic_publish(exchange_of(self.party), key, frame.body, properties, mandatory=True)
+            self._channel.basic_publish(exchange_of(self.party), key, frame, properties, mandatory=True)
 
     def _next_tag(self) -> int:
         self._tag = 1 if self._tag_generation != self._generation else self._tag + 1
@@ -538,58 +590,57 @@ class RabbitTransport:
 
     def _returned(self, _channel: Any, _method: Any, properties: Any, _body: bytes) -> None:
         """Nobody has bound the receiver's inbox. The confirm that follows must not count."""
-        lane = self._lanes[properties.correlation_id]
         with self._changed:
-            frame = lane.flying.pop(int(properties.message_id), None)
-            if frame is not None:
-                lane.returned.append(frame)
-                self.counters.returned += 1
+            self.counters.returned += 1
+            self._not_taken(properties.correlation_id, int(properties.message_id))
+
+    def _not_taken(self, receiver: str, tag: int) -> None:
+        """A frame is tried again after a pause. The caller holds the lock."""
+        lane = self._lanes[receiver]
+        frame = lane.flying.pop(tag, None)
+        if frame is None:
+            return
+        lane.returned[tag] = frame
         if not lane.retry_planned:
             lane.retry_planned = True
             lane.pause = min(max(2 * lane.pause, 0.05), 2.0)
-            self._connection.ioloop.call_later(
-                lane.pause, functools.partial(self._retry, properties.correlation_id, self._generation)
-            )
+            self._connection.ioloop.call_later(lane.pause, functools.partial(self._retry, receiver, self._generation))
 
     def _retry(self, receiver: str, generation: int) -> None:
-        lane = self._lanes[receiver]
         with self._changed:
             if generation != self._generation or not self._connected:
                 return
-            lane.waiting.extendleft(reversed(lane.returned))
-            lane.returned.clear()
-            lane.retry_planned = lane.proven = False
+            self._lanes[receiver].take_back(flying=False)
         self._publish_lane(receiver)
 
     def _confirmed(self, frame: Any) -> None:
+        """The broker has taken frames over, or (nack) could not keep them."""
         method = frame.method
-        ok = isinstance(method, pika.spec.Basic.Ack)
-        lanes = []
+        taken = isinstance(method, pika.spec.Basic.Ack)
+        touched = []
         with self._changed:
             for receiver, lane in self._lanes.items():
-                tags = (
-                    [t for t in lane.flying if t <= method.delivery_tag] if method.multiple else [method.delivery_tag]
-                )
+                last = method.delivery_tag
+                tags = [tag for tag in lane.flying if tag <= last] if method.multiple else [last]
                 for tag in tags:
-                    found = lane.flying.pop(tag, None)
-                    if found is None:
+                    if tag not in lane.flying:
                         continue
-                    lanes.append(receiver)
-                    if ok:
-                        lane.bytes -= len(found.body)
+                    touched.append(receiver)
+                    if taken:
+                        lane.bytes -= len(lane.flying.pop(tag))
                         lane.proven, lane.pause = True, 0.0
                         self.counters.confirmed += 1
-                    else:  # the broker could not keep it
-                        lane.waiting.appendleft(found)
-                        lane.proven = False
+                    else:
+                        self._not_taken(receiver, tag)
             self._changed.notify_all()
-        for receiver in lanes:
+        for receiver in dict.fromkeys(touched):
             self._publish_lane(receiver)
 
     # --- consuming (connection's thread) --------------------------------------------------------------------
 
     def _delivered(self, _channel: Any, method: Any, _properties: Any, body: bytes) -> None:
-        sender = str(method.exchange).removeprefix(_EXCHANGE_PREFIX)
+        exchange = str(method.exchange)
+        sender = exchange.removeprefix(_EXCHANGE_PREFIX) if exchange.startswith(_EXCHANGE_PREFIX) else ""
         tag = _Tag(self, self._generation, method.delivery_tag)
         delivery = Delivery(sender, memoryview(body), tag, bool(method.redelivered))
         with self._changed:
@@ -603,12 +654,11 @@ class RabbitTransport:
             self._channel.basic_ack(tag.number)
 
     def _leave(self) -> None:
-        """End the connection; with `remove` the inbox goes first."""
+        """End the connection; with `remove` the inbox goes first. A broker that does not answer is not waited for."""
         connection, channel = self._connection, self._channel
-        if connection is None or not connection.is_open:
-            if connection is not None:
-                connection.ioloop.stop()
+        if connection.is_closing or connection.is_closed:
             return
+        connection.ioloop.call_later(_FAREWELL, connection.ioloop.stop)
         if self._remove and channel is not None and channel.is_open:
             channel.queue_delete(self._inbox, callback=lambda _: connection.close())
         else:
@@ -622,10 +672,53 @@ class _Tag:
     number: int
 
 
+def log_in(address: BrokerAddress, *, patience: float) -> None:
+    """Log in and out again: is the broker there, and does it let us in?
+
+    patience: seconds in which a broker that does not answer is tried again.
+
+    Raises:
+        BrokerLost, BrokerRefused: it is not, or does not.
+    """
+    until = time.monotonic() + patience
+    for attempt in itertools.count():
+        try:
+            pika.BlockingConnection(address.parameters(attempt, limit=max(until - time.monotonic(), 1.0))).close()
+        except pika.exceptions.AMQPError as error:
+            refused = _refusal(error, address)
+            if refused is not None:
+                raise refused from None
+            if time.monotonic() >= until:
+                raise BrokerLost(f"the broker {address} cannot be reached: {_words(error)}") from None
+            time.sleep(0.5)
+        else:
+            return
+
+
+def delete_inboxes(address: BrokerAddress, parties: Sequence[str], job: str) -> None:
+    """Remove the inboxes of a job whose parties are gone; none is no error.
+
+    Raises:
+        BrokerLost, BrokerRefused: the broker is away, or does not allow it.
+    """
+    try:
+        connection = pika.BlockingConnection(address.parameters())
+        try:
+            for party in parties:
+                connection.channel().queue_delete(job_inbox(party, job))
+        finally:
+            if connection.is_open:
+                connection.close()
+    except pika.exceptions.AMQPError as error:
+        lost = BrokerLost(f"the broker {address} cannot be reached: {_words(error)}")
+        raise _refusal(error, address) or lost from None
+
+
 # --- pika's corners ---------------------------------------------------------------------------------------------
 
 
 def _make_exchange(connection: Any, name: str, member: str) -> None:
+    """Raises BrokerRefused: it may not be made."""
     try:
         connection.channel().exchange_declare(name, exchange_type="topic", durable=True)
     except pika.exceptions.ChannelClosedByBroker as error:
@@ -646,6 +739,14 @@ def _read_in_large_pieces(connection: Any) -> None:
             setattr(transport, name, value)
 
 
+def _dispose(connection: Any) -> None:
+    """Close what pika leaves open: its loop, and the socket of a connection that did not end in order."""
+    socket = getattr(getattr(connection, "_transport", None), "_sock", None)
+    if socket is not None:
+        socket.close()
+    connection.ioloop.close()
+
+
 def _causes(error: BaseException | None) -> list[BaseException]:
     """An error with everything that pika wraps in it."""
     found: list[BaseException] = []
@@ -660,37 +761,72 @@ def _causes(error: BaseException | None) -> list[BaseException]:
     return found
 
 
-def _refusal(error: BaseException | None, address: BrokerAddress) -> FateError | None:
-    """The error to end with when trying again is no use, or None."""
+def _refusal(error: BaseException | None, address: BrokerAddress, *, was_up: bool = False) -> FateError | None:
+    """The error to end with when trying again is no use, or None. was_up: the connection had worked before."""
     for cause in _causes(error):
         if isinstance(cause, FateError):
             return cause
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            text = f"the certificate of {address} does not verify: {cause.verify_message}"
-            return BrokerRefused(
-                text, hint="Name the authority that signed it: ca_file, or ?cacertfile= in the address."
-            )
         if isinstance(cause, ssl.SSLError):
-            text = f"no TLS connection to {address}: {cause.reason or cause}"
-            return BrokerRefused(text, hint="Is this the broker's TLS port, and our certificate one it accepts?")
-        if isinstance(cause, pika.exceptions.ProbableAuthenticationError | pika.exceptions.AuthenticationError):
-            return BrokerRefused(
-                f"the broker {address} refuses user {address.user!r} or its password",
-                hint="Mend the address, or let an operator run `fate_llm federation grant`.",
-            )
-        if isinstance(cause, pika.exceptions.ProbableAccessDeniedError):
-            return BrokerRefused(
-                f"the broker {address} has no virtual host {address.vhost!r}, or {address.user!r} may not use it",
-                hint="An operator makes it: fate_llm federation grant",
-            )
-        if isinstance(cause, pika.exceptions.ChannelClosedByBroker) and cause.reply_code in (403, 404, 406):
-            hint = (
-                "The permissions, or the queues, are not those of fate_llm: fate_llm federation grant, fate_llm doctor"
-            )
-            return BrokerRefused(f"the broker {address} refuses: {cause.reply_text}", hint=hint)
-        if isinstance(cause, pika.exceptions.ConnectionClosedByBroker) and cause.reply_code in (403, 530, 541):
-            return BrokerRefused(f"the broker {address} ends the connection: {cause.reply_text}")
+            found = None if was_up else _tls_refusal(cause, address)
+        elif isinstance(cause, pika.exceptions.ConnectionClosedByBroker | pika.exceptions.AMQPConnectionError):
+            found = _login_refusal(cause, address)
+        elif isinstance(cause, pika.exceptions.ChannelClosedByBroker):
+            found = _channel_refusal(cause, address)
+        else:
+            found = None
+        if found is not None:
+            return found
     return None
+
+
+def _tls_refusal(error: ssl.SSLError, address: BrokerAddress) -> BrokerRefused | None:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        text = f"the certificate of {address} does not verify: {error.verify_message}"
+        hint = (
+            "Name the authority that signed it (ca_file, or ?cacertfile= in the address), or the host it was made for."
+        )
+        return BrokerRefused(text, hint=hint)
+    if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError):
+        return None  # cut off
+    text = f"no TLS connection to {address}: {error.reason or error}"
+    return BrokerRefused(text, hint="Is this the broker's TLS port, and our certificate one it accepts?")
+
+
+def _login_refusal(error: Exception, address: BrokerAddress) -> BrokerRefused | None:
+    """pika guesses from the moment of the end; an end without the broker's own words is not a refusal."""
+    said = str(error)
+    if "ALERT" in said and "CERTIFICATE" in said:  # under TLS 1.3 it comes after the handshake
+        hint = "This broker wants a client's certificate that it knows: ?certfile= and ?keyfile= in the address."
+        return BrokerRefused(f"the broker {address} refuses our certificate, or the lack of one", hint=hint)
+    if isinstance(error, pika.exceptions.ProbableAuthenticationError | pika.exceptions.AuthenticationError):
+        if "StreamLost" in said:
+            return None
+        return BrokerRefused(
+            f"the broker {address} refuses user {address.user!r} or its password",
+            hint="Mend the address, or let an operator run `fate_llm federation grant`.",
+        )
+    if isinstance(error, pika.exceptions.ProbableAccessDeniedError):
+        if "StreamLost" in said or "is down" in said:
+            return None
+        return BrokerRefused(
+            f"the broker {address} has no virtual host {address.vhost!r}, or {address.user!r} may not use it",
+            hint="An operator makes it: fate_llm federation grant",
+        )
+    if isinstance(error, pika.exceptions.ConnectionClosedByBroker) and error.reply_code in (403, 530):
+        return BrokerRefused(f"the broker {address} ends the connection: {error.reply_text}")
+    return None
+
+
+def _channel_refusal(error: pika.exceptions.ChannelClosedByBroker, address: BrokerAddress) -> BrokerRefused | None:
+    hints = {
+        403: "The user lacks a permission; an operator gives it: fate_llm federation grant",
+        404: "An operator makes what is missing: fate_llm federation grant",
+        406: "It was made with other settings: an operator deletes it, or the address says what it is (?queues=).",
+    }
+    passing = "home node" in error.reply_text or "inaccessible" in error.reply_text  # a node of a cluster is away
+    if error.reply_code not in hints or passing:
+        return None
+    return BrokerRefused(f"the broker {address} refuses: {error.reply_text}", hint=hints[error.reply_code])
 
 
 def _words(error: BaseException | None) -> str:
