@@ -136,11 +136,12 @@ def throughput_send(options: argparse.Namespace) -> dict[str, Any]:
         open_queue(channel, queue)
     for _ in receive(channel, "ready", 1):  # the other side waits
         pass
-    started = time.monotonic()
+    started, cpu = time.monotonic(), time.process_time()
     send(channel, "tensor", body, _PERSISTENT)
-    confirmed = time.monotonic()
+    confirmed, cpu = time.monotonic(), time.process_time() - cpu
+    extra = memory.mib()
     connection.close()
-    return {"started": started, "confirmed": confirmed, "extra_mib": memory.mib(), "digest": digest}
+    return {"started": started, "confirmed": confirmed, "cpu": cpu, "extra_mib": extra, "digest": digest}
 
 
 def throughput_receive(options: argparse.Namespace) -> dict[str, Any]:
@@ -152,15 +153,16 @@ def throughput_receive(options: argparse.Namespace) -> dict[str, Any]:
     for queue in ("ready", "tensor"):
         open_queue(channel, queue)
     send(channel, "ready", memoryview(b"r"), _PERSISTENT)
+    cpu = time.process_time()
     journal = Journal(options.folder / "plain.journal", options.sync)
     for _, chunk in receive(channel, "tensor", options.size):
         journal.append(chunk)
     journal.close()
-    ended = time.monotonic()
+    ended, cpu = time.monotonic(), time.process_time() - cpu
     extra = memory.mib()
     connection.close()
     digest = hashlib.sha256(journal.path.read_bytes()).hexdigest() if options.sync != "off" else None
-    return {"ended": ended, "extra_mib": extra, "digest": digest}
+    return {"ended": ended, "cpu": cpu, "extra_mib": extra, "digest": digest}
 
 
 # --- rounds between a coordinator and parties --------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A RabbitMQ node for a benchmark, laid out for a federation, and programs that run side by side against it."""
+"""RabbitMQ nodes for a benchmark, laid out for a federation, and programs that run side by side against them."""
 
 from __future__ import annotations
 
@@ -10,21 +10,30 @@ import tempfile
 import time
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from _measure import Child, environment
 
 from fate_llm.protocols.broker_layout import exchange_of, permissions_of, topic_permissions_of
 from fate_llm.runtime.broker import BrokerNode, TlsFiles
-from fate_llm.runtime.federation_certificates import make_authority
+from fate_llm.security.certificates import make_authority
+from fate_llm.runtime.federation_setup import plan_setup, set_up
 
-__all__ = ["Broker", "broker", "together"]
+__all__ = ["Broker", "BrokerEach", "Way", "broker", "broker_each", "together"]
 
 _PASSWORD = "benchmark"  # of users that live as long as the node, on loopback
+
+
+class Way(Protocol):
+    """How a program of a party gets to its broker."""
+
+    def words(self, user: str, *, tls: bool) -> list[str | Path]:
+        """As options of a program."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +69,59 @@ def broker(members: Sequence[str]) -> Iterator[Broker]:
         tls = TlsFiles(ca=ca, certificate=certificate, key=key)
         with BrokerNode(folder / "node", name="benchmark", tls=tls, definitions=definitions) as node:
             yield Broker(node, ca)
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerEach:
+    """A running node for each party, linked over TLS; urls: of each party's own node, as its user."""
+
+    urls: Mapping[str, str]
+    ca: Path
+
+    def words(self, user: str, *, tls: bool) -> list[str | Path]:
+        """As options of a program. There is no way without TLS, and no user but the party.
+
+        Raises:
+            ValueError: no TLS was asked for.
+        """
+        if not tls:
+            raise ValueError("brokers of their own are linked and used over TLS only")
+        return ["--url", self.urls[user], "--ca", self.ca]
+
+
+@contextmanager
+def broker_each(members: Sequence[str]) -> Iterator[BrokerEach]:
+    """Fresh nodes as `fate_llm federation init --topology per-party` lays them out, stopped at the end."""
+    with tempfile.TemporaryDirectory(prefix="fate-broker-") as scratch, ExitStack() as running:
+        folder = Path(scratch)
+        folder.chmod(0o755)  # the nodes may run as a user of their own
+        ca, certificate, key = (folder / name for name in ("ca.pem", "server.pem", "server.key"))
+        nodes = {
+            party: BrokerNode(
+                folder / party,
+                name="benchmark",
+                plugins=("rabbitmq_federation",),
+                tls=TlsFiles(ca=ca, certificate=certificate, key=key),
+                config={"cluster_name": party, "listeners.tcp": "none"},
+                definitions=folder / f"{party}.json",
+            )
+            for party in members
+        }
+        places = [f"{party}=localhost:{node.tls_port}" for party, node in nodes.items()]
+        setup = plan_setup(
+            name="benchmark", parties=members, topology="per-party", brokers=places, config_folder=str(folder)
+        )
+        files = set_up(setup, now=datetime.now(UTC))
+        for file in (ca, certificate, key):  # of one party: all nodes are this machine
+            file.write_bytes(files[f"brokers/{members[0]}/{file.name}"])
+            file.chmod(0o644)
+        urls = {}
+        for party, node in nodes.items():
+            (folder / f"{party}.json").write_bytes(files[f"brokers/{party}/definitions.json"])
+            running.enter_context(node)
+            password = files[f"parties/{party}/broker.password"].decode().strip()
+            urls[party] = node.tls_url(party, password, setup.federation.vhost)
+        yield BrokerEach(urls, ca)
 
 
 def _definitions(members: tuple[str, ...]) -> dict[str, Any]:

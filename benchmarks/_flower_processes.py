@@ -1,6 +1,6 @@
 """A child process: echo rounds on Flower's SuperLink with SuperNodes as processes; run by the peer's interpreter.
 
-Its own defaults, but without TLS, which is kinder than our side has it. All it starts ends with it.
+Its own defaults (its state is in memory), but without TLS: kinder than our side has it. All it starts ends with it.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def _write_app(options: argparse.Namespace, answer: Path) -> Path:
 
 
 def _start(options: argparse.Namespace, ports: list[int]) -> list[subprocess.Popen[bytes]]:
-    link = ["--insecure", "--host", "127.0.0.1", "--port", str(ports[0]), "--database", options.folder / "state.db"]
-    commands = [[_tool("flower-superlink"), *link, "--disable-runtime-dependency-installation"]]
+    link = ["--insecure", "--host", "127.0.0.1", "--port", str(ports[0]), "--disable-runtime-dependency-installation"]
+    commands = [[_tool("flower-superlink"), *link]]
     for port in ports[1:]:
         superlink = ["--insecure", "--superlink", f"127.0.0.1:{ports[0]}", "--port", str(port)]
         commands.append([_tool("flower-supernode"), *superlink])

@@ -110,7 +110,8 @@ def _rounds(options: argparse.Namespace, node: Broker, scratch: Path) -> dict[st
     """Seconds from the end of one round to the end of the next, by side and run."""
     pipeline = _write_pipeline(scratch, rounds=options.rounds)
     env = environment(_entry_point(scratch / "installed"))
-    sides = {"memory": list[str](), "rabbitmq": ["--broker", node.url("guest", tls=False) + "?plaintext=loopback"]}
+    addresses = [f"{party}={node.url(party, tls=False)}" for party in (*PARTIES, ARBITER)]
+    sides = {"memory": list[str](), "rabbitmq": [word for one in addresses for word in ("--broker", one)]}
     runs: dict[str, list[list[float]]] = {side: [] for side in sides}
     for number in range(options.repeats):
         for side in sorted(sides, reverse=bool(number % 2)):

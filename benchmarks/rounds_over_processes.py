@@ -4,7 +4,8 @@ In a round the coordinator sends the same float32 tensors to each party and has 
 Ours and the plain program go through one RabbitMQ node with TLS, ours sealed end to end and journalled besides; the
 plain program publishes persistent and confirmed one by one in chunks of 4 MiB and journals nothing. Flower runs without
 TLS, NVFlare's POC with its own. A round's time is that of the coordinator, from having the tensors to having all
-replies; the first round does not count, and medians do. Ours also sends as many values as bf16.
+replies; the first round does not count, and medians do. Ours also sends as many values as bf16, and goes through three
+linked nodes, one for each party.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from _brokers import Broker, broker, together
+from _brokers import Way, broker, broker_each, together
 from _measure import FOLDER, Ratio, environment, finish, make_parser, median, run_child
 
 SMALL_LIMIT, PLAIN_LIMIT, PEER_LIMIT, BF16_LIMIT = 0.3, 1.3, 1.0, 1.02
@@ -25,7 +26,8 @@ MB = 10**6
 TENSORS = 8
 PARTIES = ("party-1", "party-2")
 MEMBERS = ("coordinator", *PARTIES)
-OURS, BF16, PLAIN, JOURNALLED, FLOWER, NVFLARE = "ours", "ours, bf16", "plain", "plain, journalled", "Flower", "NVFlare"
+OURS, BF16, EACH, FLOWER, NVFLARE = "ours", "ours, bf16", "ours, a broker each", "Flower", "NVFlare"
+PLAIN, JOURNALLED = "plain", "plain, journalled"
 _LIMIT_OF_A_RUN = 400.0  # seconds
 
 
@@ -56,7 +58,7 @@ def _versions() -> dict[str, str]:
 
 
 def _all_sides(options: argparse.Namespace, megabytes: int) -> dict[str, list[dict[str, Any]]]:
-    """Runs of every side, taking turns; the peers, which need long to start, take part in the first turn only."""
+    """Runs of every side, taking turns; the peers and linked nodes, which start slowly, run in the first turn only."""
     own = [OURS, BF16, PLAIN, JOURNALLED]
     peers = {FLOWER: options.flower_python, NVFLARE: options.nvflare_python}
     runs: dict[str, list[dict[str, Any]]] = {}
@@ -65,6 +67,9 @@ def _all_sides(options: argparse.Namespace, megabytes: int) -> dict[str, list[di
         with broker(MEMBERS) as node:
             for side in own if number % 2 == 0 else own[::-1]:
                 runs.setdefault(side, []).append(_own_run(options, node, side, megabytes, number))
+        if number == 0:
+            with broker_each(MEMBERS) as nodes:
+                runs[EACH] = [_own_run(options, nodes, EACH, megabytes, number)]
         for peer, python in peers.items() if number == 0 else ():
             if python is None:
                 print(f"{peer} is left out: give --{peer.lower()}-python (benchmarks/README.md says how)", flush=True)
@@ -73,12 +78,12 @@ def _all_sides(options: argparse.Namespace, megabytes: int) -> dict[str, list[di
     return runs
 
 
-def _own_run(options: argparse.Namespace, node: Broker, side: str, megabytes: int, number: int) -> dict[str, Any]:
+def _own_run(options: argparse.Namespace, node: Way, side: str, megabytes: int, number: int) -> dict[str, Any]:
     """Coordinator and parties, ours or plain, as processes of their own."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         common = ["--folder", folder, "--size", megabytes * MB, "--rounds", options.rounds + 1]
-        if side in (OURS, BF16):
+        if side in (OURS, BF16, EACH):
             from _fate_link import write_identities
 
             write_identities(folder, MEMBERS)

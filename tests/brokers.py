@@ -36,8 +36,8 @@ import pytest
 from fate_llm.core.errors import ConfigurationError
 from fate_llm.runtime.broker import USER, BrokerNode, TlsFiles, find_server, free_port
 from fate_llm.runtime.federation import Federation, PartySettings, Topology, load_party
-from fate_llm.runtime.federation_certificates import Authority, make_authority
 from fate_llm.runtime.federation_setup import SHARED, plan_setup, set_up, write_files
+from fate_llm.security.certificates import Authority, make_authority
 
 __all__ = [
     "CutProxy",

@@ -82,13 +82,15 @@ class Frozen(BaseModel):
 class Delivery:
     """One frame as it arrived.
 
-    `tag` belongs to the transport that made it; a tag dies with its connection.
+    `tag` belongs to the transport that made it; a tag dies with its connection. verified: the transport has proved
+    that these are the bytes that the sender sent.
     """
 
     sender: str
     body: memoryview
     tag: object
     redelivered: bool = False
+    verified: bool = False
 
 
 @dataclass(frozen=True, slots=True)

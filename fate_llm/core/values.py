@@ -168,7 +168,7 @@ class RoundResult:
         return f"RoundResult(round {self.number}, {_shapes(self.state)}, contributors={list(self.contributors)})"
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(frozen=True, slots=True, repr=False, weakref_slot=True)
 class Payload:
     """What one message carries: JSON fields and tensors by name."""
 

@@ -17,6 +17,9 @@ exchange of another party is fed by RabbitMQ's federation from that party's brok
     user      link/<party>                 may read what is addressed to <party>, and make the link's own queue
     queue     federation: fate.from.<owner> -> <party>          what waits for <party>; made by the plug-in
 
+Who sent a message is what its exchange says. `user_id` alone does not: a party may have its broker dead-letter what it
+received, user_id and all, into its own exchange.
+
 What permissions cannot do (RabbitMQ has none for it): any user of the virtual host may ask whether a queue or exchange
 of a given name is there, and how many messages a queue has. Names of jobs are not secrets.
 """

@@ -8,7 +8,8 @@ Rules:
 4. A frame is acknowledged after its message is in a mailbox (or in the window), never before.
 5. What is refused is counted and told to the observer; it never reaches a mailbox and never stops the job by
    itself.
-6. Every wait has a deadline and ends early when the job is cancelled or the party waited for is gone.
+6. Every wait has a deadline and ends early when the job is cancelled or the party waited for is gone. It goes on past
+   its deadline while a message waited for is coming in: up to `stretch` seconds, and not when it stands still.
 7. A message too far ahead of a gap is given up, and with it its sender: what comes later cannot be in order
    any more.
 8. A number is used up only when its message could be encoded; a gap is never of our own making.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,7 +41,8 @@ from fate_llm.core.errors import (
 from fate_llm.core.interfaces import Delivery, Transport
 from fate_llm.core.values import Payload
 
-from .envelope import Envelope, decode, encode
+from .envelope import Envelope, body_digest, decode, encode
+from .tensors import write_tensors
 
 __all__ = ["Counters", "JobChannel", "Left", "Observer"]
 
@@ -47,6 +50,8 @@ Observer = Callable[[str, Mapping[str, Any]], None]
 _CONTROL = "control."
 _FAILED, _CANCELLED, _DONE = "control.failed", "control.cancelled", "control.done"
 _LONGEST = 500  # characters of a peer's text
+_LOOK = 1.0  # seconds between looks at a message that is late but coming in
+_STANDSTILL = 15.0  # seconds without a byte more after which it is not
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +96,7 @@ class JobChannel:
         members: Sequence[str],
         clock: Callable[[], float] = time.monotonic,
         window: int = 256,
+        stretch: float = 600.0,
         observer: Observer | None = None,
     ) -> None:
         self.job = job
@@ -101,12 +107,15 @@ class JobChannel:
         self.counters: dict[str, Counters] = defaultdict(Counters, {member: Counters() for member in members})
         self._transport = transport
         self._window = window
+        self._stretch = stretch
+        self._moved: dict[str, tuple[int, float]] = {}  # of a late sender: bytes of its message, and since when
         self._observer = observer
         self._changed = threading.Condition()
         self._sending: dict[str, threading.Lock] = {member: threading.Lock() for member in self.members}
         self._next: dict[str, int] = defaultdict(int)
         self._incoming: dict[str, _Incoming] = defaultdict(_Incoming)
         self._mail: dict[tuple[str, str, str], deque[Envelope]] = defaultdict(deque)
+        self._hashed: tuple[weakref.ref[Payload] | None, str] = (None, "")
         self._cancelled: str | None = None
         self._broken: FateError | None = None
         self._reader = threading.Thread(target=self._read, name=f"channel-{party}", daemon=True)
@@ -128,13 +137,22 @@ class JobChannel:
             return 0
         with self._sending[receiver]:  # numbers leave in order
             number = self._next[receiver] + 1
-            parts = encode(Envelope(self.job, task, self.party, receiver, kind, number, payload, round=round))
+            envelope = Envelope(self.job, task, self.party, receiver, kind, number, payload, round=round)
+            parts = encode(envelope, digest=self._digest_of(payload))
             self._next[receiver] = number
             size = self._transport.send(receiver, parts)
             counters = self.counters[receiver]
             counters.sent += 1
             counters.sent_bytes += size
         return size
+
+    def _digest_of(self, payload: Payload) -> str:
+        """The digest of the body, if the last one encoded is this one: what goes to many is hashed once."""
+        known, digest = self._hashed
+        if known is None or known() is not payload:
+            digest = body_digest(write_tensors(payload.tensors))
+            self._hashed = (weakref.ref(payload), digest)
+        return digest
 
     def sent_bytes(self) -> int:
         """Bytes of all frames this party has sent in the job."""
@@ -192,11 +210,12 @@ class JobChannel:
         senders: Sequence[str],
         deadline: float | None,
         known_left: Collection[str] = (),
+        stretch: bool = True,
     ) -> Envelope | Left | None:
         """The next message of these kinds and senders; a party newly gone (once); or None at the deadline.
 
-        Messages of a party come before the news that it left. Among several, senders earlier in the list
-        first.
+        Messages of a party come before the news that it left. Among several, senders earlier in the list first.
+        stretch: whether a message that is coming in is waited for beyond the deadline.
         """
         with self._changed:
             while True:
@@ -210,8 +229,25 @@ class JobChannel:
                         return self.left[sender]
                 remaining = None if deadline is None else deadline - self.clock()
                 if remaining is not None and remaining <= 0:
-                    return None
+                    if not stretch or -remaining >= self._stretch or not self._still_coming(senders):
+                        return None
+                    remaining = _LOOK
                 self._changed.wait(remaining)
+
+    def _still_coming(self, senders: Sequence[str]) -> bool:
+        """Whether a message of one of them is on its way in, and moving."""
+        now = self.clock()
+        moving = False
+        for sender in senders:
+            coming = self._transport.progress(sender)
+            if coming is None:
+                self._moved.pop(sender, None)
+                continue
+            received, since = self._moved.get(sender, (-1, now))
+            if coming.received != received:
+                self._moved[sender] = (coming.received, now)
+            moving = moving or coming.received != received or now - since < _STANDSTILL
+        return moving
 
     def _raise_if_over(self) -> None:
         if self._cancelled is not None:
@@ -300,7 +336,7 @@ class JobChannel:
             self._observer("refused", {"party": sender, "code": error.code, "message": _shown(error.message)})
 
     def _open(self, delivery: Delivery) -> Envelope:
-        envelope = decode(delivery.body)
+        envelope = decode(delivery.body, verify=not delivery.verified)
         expected = (self.job, delivery.sender, self.party)
         if (envelope.job, envelope.sender, envelope.receiver) != expected:
             raise PeerViolation(

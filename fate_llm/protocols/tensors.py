@@ -23,11 +23,12 @@ import ml_dtypes
 import numpy as np
 
 from fate_llm.core.errors import BadEnvelope
+from fate_llm.core.interfaces import Form
 from fate_llm.core.values import Array, Arrays
 
 from .strict_json import read_json
 
-__all__ = ["MAX_HEADER", "container_overhead", "read_tensors", "tensor_bytes", "write_tensors"]
+__all__ = ["MAX_HEADER", "container_bytes", "container_overhead", "read_tensors", "tensor_bytes", "write_tensors"]
 
 MAX_HEADER = 8 * 1024 * 1024  # bytes; about 60,000 tensors. Reading takes up to 25 times as much memory
 _METADATA = "__metadata__"  # a name that the format keeps for itself
@@ -82,15 +83,20 @@ def write_tensors(tensors: Arrays) -> list[bytes | memoryview]:
     return [_LENGTH.pack(len(text)) + text, *parts]
 
 
-def container_overhead(layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
-    """Bytes of a container beyond the values, from {name: (dtype name of the format, shape)} alone."""
+def container_overhead(form: Form) -> int:
+    """Bytes of a container beyond the values, from {name: (dtype, shape)} alone."""
     offset, header = 0, {}
-    for name, (dtype, shape) in sorted(layout.items(), key=lambda item: -_DTYPES[item[1][0]].itemsize):
-        end = offset + math.prod(shape) * _DTYPES[dtype].itemsize
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+    for name, (dtype, shape) in sorted(form.items(), key=lambda item: -item[1][0].itemsize):
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     length = len(json.dumps(header, separators=(",", ":")).encode("utf-8"))
     return _LENGTH.size + length + (-length % 8)
+
+
+def container_bytes(form: Form) -> int:
+    """Bytes of a container of tensors of these dtypes and shapes."""
+    return container_overhead(form) + sum(dtype.itemsize * math.prod(shape) for dtype, shape in form.values())
 
 
 def tensor_bytes(tensors: Arrays) -> int:

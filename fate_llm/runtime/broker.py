@@ -213,7 +213,7 @@ class BrokerNode:
         self._config = dict(config or {})
         self._wish = port
         self._keeper: subprocess.Popen[str] | None = None
-        self._pid = 0
+        self._pid = self._seen = 0
         self._prepare()
         self._choose_ports()
 
@@ -236,7 +236,7 @@ class BrokerNode:
             while not (ready := self._listening()):
                 if not self.alive or time.monotonic() > deadline:
                     what = f"was not ready within {timeout:.0f} s" if self.alive else "ended while it started"
-                    text = f"the broker {self.name} {what}\n{self.log_tail(12)}"
+                    text = f"the broker {self.name} {what}\n{self._first_errors()}"
                     raise ConfigurationError(text, hint=f"Its log is in {self._log}.")
                 time.sleep(0.05)
         finally:
@@ -355,6 +355,13 @@ class BrokerNode:
         ]
         return "\n".join(line for part in found for line in part)
 
+    def _first_errors(self, lines: int = 16) -> str:
+        """Where this start went wrong: what Erlang says after its first error is a long echo of it."""
+        text = self._console.read_bytes() if self._console.exists() else b""
+        said = text[self._seen :].decode("utf-8", "replace").splitlines() or self.log_tail(lines).splitlines()
+        at = next((number for number, line in enumerate(said) if "error" in line.lower()), max(0, len(said) - lines))
+        return "\n".join(line[:200] for line in said[at : at + lines])
+
     # --- files and processes -------------------------------------------------------------------------------------
 
     @property
@@ -471,6 +478,7 @@ class BrokerNode:
         }
 
     def _launch(self) -> None:
+        self._seen = self._console.stat().st_size if self._console.exists() else 0
         user = _broker_user()
         order = {
             "starter": os.getpid(),

@@ -25,12 +25,12 @@ from typing import Any
 
 from fate_llm.core.errors import ConfigurationError
 from fate_llm.protocols import broker_layout as layout
+from fate_llm.security.certificates import Authority, make_authority
 from fate_llm.security.identity import Identity
 from fate_llm.security.randomness import random_bytes, random_id
 
 from .federation import BrokerPlace, Federation, PartySettings, Topology, dump_model, make_federation, write_new
 from .federation_broker import CONFIG_FOLDER, DISK_FREE, BrokerLimits, broker_definitions, broker_plugins, rabbitmq_conf
-from .federation_certificates import Authority, make_authority
 
 __all__ = ["SHARED", "Setup", "plan_setup", "set_up", "write_files"]
 

@@ -26,14 +26,13 @@ class FileSlot:
     def acquire(self) -> bool:
         """Wait for the lock."""
         self._thread.acquire()
-        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(file, fcntl.LOCK_EX)
-        except BaseException:
-            os.close(file)
-            self._thread.release()
-            raise
-        self._file = file
+            self._file = file
+        finally:
+            if self._file is None:
+                self._thread.release()
         return True
 
     def release(self) -> None:

@@ -38,6 +38,7 @@ from .sharing import FileSlot, Sharing
 __all__ = ["main", "work"]
 
 Say = Callable[[Mapping[str, Any]], None]
+_MILESTONES = frozenset({"task_started", "round_state", "round_closed", "task_finished"})
 
 
 def main() -> int:
@@ -71,9 +72,18 @@ def work(order: Mapping[str, Any], commands: IO[str], say: Say) -> dict[str, Any
     spec = check(order["pipeline"])
     party, base = order["party"], Path(order["base"])
     folder = JobFolder(Path(order["folder"])).party(party)
-    events = EventLog(now=time.time, observers=(partial(_forward, say),))
+    keep: list[Callable[[], None]] = []
+
+    def observe(event: Event) -> None:
+        say({"event": [event.kind, event.party, event.task, event.seconds, dict(event.fields)]})
+        if event.kind in _MILESTONES:
+            for write in keep:
+                write()
+
+    events = EventLog(now=time.time, observers=(observe,))
     observer = partial(events.emit, folder, party, "")
     transport, link, channel = _connect(order, folder, observer)
+    keep.append(partial(_keep_metrics, folder.path / "federation.prom", party, transport, link))
     threading.Thread(target=_listen, args=(commands, channel, link), name="commands", daemon=True).start()
     setting = JobSetting(
         order["job"],
@@ -90,7 +100,7 @@ def work(order: Mapping[str, Any], commands: IO[str], say: Say) -> dict[str, Any
     run = PartyRun(setting, assignments(spec, base)[party], order["finished"])
     run.run()
     channel.close(finished=True)
-    (folder.path / "federation.prom").write_text(prometheus_text(party, transport, link), encoding="utf-8")
+    keep[0]()
     return {
         "error": None if run.error is None else run.error.as_dict(),
         "outputs": {task: {name: str(a.path) for name, a in found.items()} for task, found in run.outputs.items()},
@@ -151,8 +161,11 @@ def _listen(commands: IO[str], channel: JobChannel, link: SecureLink) -> None:
     channel.cancel("whoever started this party is gone")
 
 
-def _forward(say: Say, event: Event) -> None:
-    say({"event": [event.kind, event.party, event.task, event.seconds, dict(event.fields)]})
+def _keep_metrics(path: Path, party: str, transport: RabbitTransport, link: SecureLink) -> None:
+    """Replace the file whole, so that who reads it never sees half of it."""
+    partial_file = path.with_suffix(".partial")
+    partial_file.write_text(prometheus_text(party, transport, link), encoding="utf-8")
+    os.replace(partial_file, path)
 
 
 if __name__ == "__main__":

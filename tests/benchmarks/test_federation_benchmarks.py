@@ -198,11 +198,12 @@ def test_a_party_that_missed_a_round_spoils_the_figures(load: Callable[[str], Mo
 
 def test_other_bytes_than_were_sent_are_no_result(load: Callable[[str], ModuleType]) -> None:
     figures = load("rabbitmq_throughput")._figures
-    sent = {"digest": "a", "started": 10.0, "confirmed": 13.0, "extra_mib": 9.0}
-    came = {"digest": "a", "ended": 14.0, "extra_mib": 17.0}
+    sent = {"digest": "a", "started": 10.0, "confirmed": 13.0, "cpu": 1.5, "extra_mib": 9.0}
+    came = {"digest": "a", "ended": 14.0, "cpu": 0.5, "extra_mib": 17.0}
     found = figures({"sender": sent, "receiver": came}, 256)
     assert found["seconds"] == 4.0
     assert found["mib_per_second"] == 64.0
+    assert (found["sender_cpu_seconds"], found["receiver_cpu_seconds"]) == (1.5, 0.5)
     with pytest.raises(SystemExit, match="not what was sent"):
         figures({"sender": sent, "receiver": {**came, "digest": "b"}}, 256)
 
@@ -322,6 +323,13 @@ def test_a_url_without_tls_says_that_it_is_meant(load: Callable[[str], ModuleTyp
     assert node.url("guest", tls=False) == "amqp://guest@here"
 
 
+def test_brokers_of_their_own_are_reached_over_tls_only(load: Callable[[str], ModuleType]) -> None:
+    nodes = load("_brokers").BrokerEach({"a": "amqps://a@here"}, Path("ca.pem"))
+    assert nodes.words("a", tls=True) == ["--url", "amqps://a@here", "--ca", Path("ca.pem")]
+    with pytest.raises(ValueError, match="TLS only"):
+        nodes.words("a", tls=False)
+
+
 def test_flowers_app_is_packed_with_its_settings(load: Callable[[str], ModuleType], tmp_path: Path) -> None:
     options = argparse.Namespace(folder=tmp_path, parties=2, rounds=6, size=1000, tensors=8)
     app = load("_flower_processes")._write_app(options, tmp_path / "answer.json")
@@ -350,6 +358,7 @@ def test_a_peer_that_is_not_there_is_left_out_with_a_sentence(
         return {"seconds": [1.0]}
 
     monkeypatch.setattr(rounds, "broker", lambda members: Nothing())
+    monkeypatch.setattr(rounds, "broker_each", lambda members: Nothing())
     monkeypatch.setattr(rounds, "_own_run", own_run)
     monkeypatch.setattr(rounds, "_peer_run", lambda *_: {"seconds": [5.0]})
     options = argparse.Namespace(repeats=2, flower_python=None, nvflare_python=Path("python"))
@@ -357,9 +366,9 @@ def test_a_peer_that_is_not_there_is_left_out_with_a_sentence(
     assert "Flower is left out: give --flower-python" in capsys.readouterr().out
     assert runs["NVFlare"] == [{"seconds": [5.0]}]
     assert "Flower" not in runs
-    first, second = (["ours", "ours, bf16", "plain", "plain, journalled"], 0), (1,)
-    assert [side for side, number in taken if number == first[1]] == first[0]
-    assert [side for side, number in taken if number == second[0]] == first[0][::-1]
+    sides = ["ours", "ours, bf16", "plain", "plain, journalled"]
+    assert [side for side, number in taken if number == 0] == [*sides, "ours, a broker each"]
+    assert [side for side, number in taken if number == 1] == sides[::-1]
 
 
 # --- the plain programs on a real broker -------------------------------------------------------------------------

@@ -64,6 +64,22 @@ class TestTrainingCost:
         assert max(t.bytes_each or 0 for t in full.traffic) > max(t.bytes_each or 0 for t in lora.traffic)
         assert (full.memory_bytes or 0) > (lora.memory_bytes or 0)
 
+    def test_an_encoding_makes_updates_smaller_and_states_not(self, model: Path, tmp_path: Path) -> None:
+        def bytes_of(*names: str) -> tuple[int, int, tuple[str, ...]]:
+            cost = HomoLlmTrainer().estimate(view(tmp_path, str(model), hooks=[{"name": name} for name in names]))
+            sizes = {t.what: t.bytes_each or 0 for t in cost.traffic}
+            return sizes["update"], sizes["new state"], cost.notes
+
+        update, state, _ = bytes_of()
+        half, same_state, _ = bytes_of("bf16")
+        quarter, *_ = bytes_of("int8")
+        bound, _, notes = bytes_of("zstd", "bf16")
+        assert state == same_state
+        assert 0.4 * update < half < 0.6 * update
+        assert quarter < half
+        assert bound == half
+        assert any("at most this large: what zstd saves" in note for note in notes)
+
     def test_unknown_is_said_and_not_guessed(self, model: Path, tmp_path: Path) -> None:
         nowhere = HomoLlmTrainer().estimate(view(tmp_path, "no/such/model"))
         assert nowhere.memory_bytes is None

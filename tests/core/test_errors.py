@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 from fate_llm.core import errors
-from fate_llm.core.errors import FateError, Fault, PipelineInvalid, all_errors
+from fate_llm.core.errors import ConfigurationError, FateError, Fault, PipelineInvalid, all_errors, error_from
 
 # Codes are never renamed nor reused: this list only grows.
 CODES = {
@@ -30,6 +30,8 @@ CODES = {
     "peer_restarted": 4,
     "timeout": 4,
     "quorum_lost": 4,
+    "broker_lost": 4,
+    "broker_refused": 4,
     "transport_closed": 4,
     "protection_refused": 5,
     "cancelled": 130,
@@ -81,3 +83,16 @@ def test_all_faults_of_a_pipeline_are_reported_at_once() -> None:
     ]
     assert "1 fault in" in PipelineInvalid(faults[:1]).message
     assert faults[0].as_dict()["line"] == 3
+
+
+@pytest.mark.parametrize("kind", OURS, ids=lambda kind: kind.code)
+def test_an_error_of_another_process_comes_back_as_its_class(kind: type[FateError]) -> None:
+    told = {"code": kind.code, "message": "what happened", "hint": "what to do"}
+    found = error_from(**told)
+    expected = ConfigurationError if kind is PipelineInvalid else kind
+    assert type(found) is expected
+    assert (found.message, found.hint, found.exit_code) == ("what happened", "what to do", kind.exit_code)
+
+
+def test_a_code_nobody_knows_is_still_an_error() -> None:
+    assert type(error_from("new_in_version_9", "m", "h")) is FateError

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -24,8 +25,9 @@ from fate_llm.core.errors import (
     RoundTimeout,
     TransportClosed,
 )
-from fate_llm.core.interfaces import Delivery
+from fate_llm.core.interfaces import Delivery, Progress
 from fate_llm.core.values import Payload
+from fate_llm.protocols import channel as channels_module
 from fate_llm.protocols.channel import JobChannel, Left
 from fate_llm.protocols.envelope import Envelope, encode
 from fate_llm.protocols.transports.memory import Fault, FaultKind, MemoryNetwork, MemoryTransport
@@ -402,3 +404,94 @@ def test_all_errors_of_a_wait_are_our_own(make_channels: Make) -> None:
     channel.close()
     with pytest.raises(FateError):
         channel.next(task="t", kinds=("data.x",), senders=("b",), deadline=None)
+
+
+def test_what_goes_to_many_is_hashed_once_and_not_kept_alive(
+    make_channels: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[int] = []
+    original = channels_module.body_digest
+    monkeypatch.setattr(channels_module, "body_digest", lambda parts: hashed.append(1) or original(parts))
+    channels = make_channels("abc")
+    payload = Payload({}, {"x": np.arange(5.0)})
+    alive = weakref.ref(payload)
+    for receiver in "bc":
+        channels["a"].send(receiver, task="t", kind="data.x", payload=payload)
+    assert hashed == [1]
+    say(channels["a"], "b", 1)
+    assert len(hashed) == 2, "another payload has a digest of its own"
+    for receiver in "bc":
+        found = channels[receiver].receive("a", task="t", kind="data.x", deadline=None)
+        assert found.payload.tensors["x"].tolist() == [0, 1, 2, 3, 4]
+    del payload
+    assert alive() is None
+
+
+# --- late, but coming in ------------------------------------------------------------------------------------
+
+
+class Slow(MemoryTransport):
+    """A transport on which a message of `a` is coming in: its progress is what the test says."""
+
+    script: ClassVar[list[Progress | None]] = []
+    looks = 0
+
+    def progress(self, sender: str) -> Progress | None:
+        Slow.looks += 1
+        return self.script[min(Slow.looks - 1, len(self.script) - 1)]
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[JobChannel, Callable[[], None]]]]:
+    monkeypatch.setattr(channels_module, "_LOOK", 0.001)
+    opened: list[JobChannel] = []
+
+    def make(script: list[Progress | None], **settings: Any) -> tuple[JobChannel, Callable[[], None]]:
+        network = MemoryNetwork()
+        Slow.script, Slow.looks = script, 0
+        opened.append(JobChannel(Slow(network, "b"), job="job", party="b", members=("a", "b"), **settings))
+        return opened[0], lambda: network.connect("a").send("b", encode(raw(1, number=7)))  # type: ignore[return-value]
+
+    yield make
+    for channel in opened:
+        channel.close()
+
+
+def moving(count: int) -> list[Progress | None]:
+    return [Progress(at, 1000) for at in range(count)]
+
+
+def test_a_message_that_is_coming_in_is_waited_for_beyond_the_deadline(slow: Any) -> None:
+    # Given a message of which more has come at every look
+    channel, arrive = slow(moving(900))
+    threading.Timer(0.2, arrive).start()
+    # When it is waited for with a deadline that passes before it is whole, Then it still counts
+    assert hear(channel, "a", seconds=0.02) == 7
+
+
+def test_a_poll_does_not_wait_for_what_is_coming_in(slow: Any) -> None:
+    channel, _ = slow(moving(900))
+    now = channel.clock()
+    assert channel.next(task="t", kinds=("data.x",), senders=("a",), deadline=now, stretch=False) is None
+    assert Slow.looks == 0
+
+
+def test_a_message_that_stands_still_is_not_waited_for(slow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channels_module, "_STANDSTILL", 0.05)
+    channel, _ = slow([Progress(100, 1000)])
+    with pytest.raises(RoundTimeout, match=r"100 of 1000 bytes of a message from a have come"):
+        hear(channel, "a", seconds=0.0)
+    assert Slow.looks > 2, "it was looked at more than once before it was given up"
+
+
+def test_a_drip_does_not_hold_a_wait_open_for_ever(slow: Any) -> None:
+    channel, _ = slow(moving(10**6), stretch=0.1)
+    with pytest.raises(RoundTimeout):
+        hear(channel, "a", seconds=0.0)
+
+
+def test_a_party_that_the_transport_has_lost_ends_waits_for_it(make_channels: Make) -> None:
+    channel = make_channels("ab")["b"]
+    threading.Timer(0.05, channel.lost, args=("a", "silent", "has given no sign of life for 120 s")).start()
+    with pytest.raises(PeerFailed, match="will not come: a has given no sign of life for 120 s"):
+        channel.receive("a", task="t", kind="data.x", deadline=None)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fate_llm.core.errors import BadEnvelope
 from fate_llm.protocols import tensors as codec
-from fate_llm.protocols.tensors import container_overhead, read_tensors, tensor_bytes, write_tensors
+from fate_llm.protocols.tensors import container_bytes, container_overhead, read_tensors, tensor_bytes, write_tensors
 
 DTYPES = ["?", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f2", "f4", "f8", ml_dtypes.bfloat16]
 
@@ -127,8 +127,9 @@ def test_the_container_of_an_adapter_is_small() -> None:
 def test_the_overhead_is_known_before_there_are_values(layout: dict[str, tuple[str, list[int]]]) -> None:
     layout.pop("__metadata__", None)
     made = {name: np.zeros(shape, codec._DTYPES[dtype]) for name, (dtype, shape) in layout.items()}
-    overhead = container_overhead({name: (dtype, tuple(shape)) for name, (dtype, shape) in layout.items()})
-    assert overhead == len(written(made)) - tensor_bytes(made)
+    form = {name: (array.dtype, array.shape) for name, array in made.items()}
+    assert container_overhead(form) == len(written(made)) - tensor_bytes(made)
+    assert container_bytes(form) == len(written(made))
 
 
 def test_what_the_format_cannot_hold_is_refused_when_written() -> None:

@@ -313,7 +313,7 @@ def test_a_secret_is_small_and_there(tmp_path: Path) -> None:
     write_new(tmp_path / "big", b"x" * 4097)
     with pytest.raises(ConfigurationError, match="more than 4096 bytes"):
         read_secret(tmp_path / "big", "key")
-    with pytest.raises(ConfigurationError, match="key file .*none cannot be read"):
+    with pytest.raises(ConfigurationError, match=r"key file .*none cannot be read"):
         read_secret(tmp_path / "none", "key")
 
 

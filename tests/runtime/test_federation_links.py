@@ -16,7 +16,7 @@ from pika.adapters.blocking_connection import BlockingChannel
 from pika.exceptions import AMQPError, ChannelClosedByBroker, UnroutableError
 
 from fate_llm.protocols.broker_layout import control_inbox, control_key, exchange_of, job_inbox, job_key, link_user
-from fate_llm.runtime.federation_certificates import Authority, KeyPair, make_authority
+from fate_llm.security.certificates import Authority, KeyPair, make_authority
 from tests.brokers import START, LiveFederation, leftovers, live_federation
 
 pytestmark = pytest.mark.slow
@@ -215,7 +215,7 @@ def test_the_link_s_user_binds_no_other_party_s_keys(key: str, link: Callable[[]
 
 
 def test_no_listener_is_without_tls(brokers: LiveFederation) -> None:
-    said = brokers.node(A).ctl("eval", "[element(4, L) || L <- rabbit_networking:node_listeners(node())].")
+    said = brokers.node(A).ctl("eval", "[element(3, L) || L <- rabbit_networking:node_listeners(node())].")
     assert said.strip() == "['amqp/ssl',clustering]" or said.strip() == "[clustering,'amqp/ssl']"
 
 

@@ -237,6 +237,21 @@ def test_dead_letters_are_no_way_round(exchange: str, log_in: Log) -> None:
     assert_refused(log_in("bank-b").queue_declare, job_inbox("bank-b", "dead"), arguments=arguments)
 
 
+def test_the_exchange_says_who_sent_whatever_user_id_says(log_in: Log) -> None:
+    """B may pass on what A wrote to it, in A's name even, but only through B's exchange."""
+    a, b, c = (log_in(party) for party in PARTIES)
+    inbox, to_c = job_inbox("bank-b", "pass"), make_inbox(c, "bank-c", "pass")
+    onward = {"x-dead-letter-exchange": exchange_of("bank-b"), "x-dead-letter-routing-key": job_key("bank-c", "pass")}
+    b.queue_declare(inbox, durable=True, arguments={"x-queue-type": "classic", "x-expires": 60_000} | onward)
+    b.queue_bind(inbox, exchange_of("bank.a"), job_key("bank-b", "pass"))
+    publish(a, "bank.a", job_key("bank-b", "pass"))
+    method = b.basic_get(inbox)[0]
+    b.basic_reject(method.delivery_tag, requeue=False)
+    got = next(c.consume(to_c, auto_ack=True, inactivity_timeout=20))
+    assert (got[0].exchange, got[1].user_id, got[2]) == (exchange_of("bank-b"), "bank.a", b"text")
+    c.cancel()
+
+
 def test_alternate_exchanges_are_no_way_round(log_in: Log) -> None:
     arguments = {"alternate-exchange": exchange_of("bank.a")}
     assert_refused(log_in("bank-b").exchange_declare, "fate.to.bank-b/alt", "fanout", arguments=arguments)

@@ -29,10 +29,7 @@ from fate_llm.runtime.events import Event
 from fate_llm.runtime.job import JobResult, Submission
 from fate_llm.runtime.processes import ProcessRuntime
 from fate_llm.runtime.submit import over_broker
-from tests.brokers import broker as broker
-from tests.brokers import broker_folder as broker_folder
-from tests.brokers import leftovers
-from tests.brokers import vhost as vhost
+from tests.brokers import broker, leftovers, vhost  # noqa: F401
 from tests.runtime.conftest import MakeJob
 from tests.runtime.toys import install, toy_pipeline
 
@@ -47,7 +44,7 @@ def stepper(**params: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def url(broker: BrokerNode, vhost: str) -> str:
+def url(broker: BrokerNode, vhost: str) -> str:  # noqa: F811
     return f"{broker.url(vhost=quote(vhost, safe=''))}?plaintext=loopback".replace("%25", "%")
 
 
@@ -71,22 +68,23 @@ def submission(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> Cal
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left(request: pytest.FixtureRequest, broker: BrokerNode, vhost: str) -> Iterator[None]:
+def _nothing_is_left(tmp_path: Path, broker: BrokerNode, vhost: str) -> Iterator[None]:  # noqa: F811
     """No process, queue or connection survives a job, whatever way it ended."""
     yield
-    assert not children(), "a party's process is left"
+    assert not children(tmp_path), "a party's process is left"
     found = leftovers(broker, vhost)
     assert (found["queues"], found["connections"]) == ([], [])
 
 
-def children() -> list[str]:
+def children(folder: Path) -> list[str]:
+    """Workers that were given this test's PYTHONPATH, whosever children they are by now."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            words = path.read_bytes().split(b"\0")
+            words, variables = path.read_bytes(), path.with_name("environ").read_bytes()
         except OSError:
             continue
-        if b"fate_llm.runtime.worker" in words:
+        if b"fate_llm.runtime.worker" in words and str(folder).encode() in variables:
             found.append(path.parent.name)
     return found
 
@@ -218,9 +216,9 @@ def test_the_parties_end_when_their_starter_is_killed(
         assert any(line.strip() == "round_state" for line in starter.stdout)
         starter.kill()
     until = time.monotonic() + 60
-    while children() and time.monotonic() < until:
+    while children(tmp_path) and time.monotonic() < until:
         time.sleep(0.1)
-    assert not children()
+    assert not children(tmp_path)
 
 
 def test_a_wrong_password_is_said_at_once_and_not_repeated(submission: Callable[..., Submission], url: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import signal
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -204,7 +205,11 @@ def dev_broker(folder: Path | None, port: int | None, as_json: bool) -> None:
                 click.echo(f"ready; Ctrl-C stops it. In another terminal: {following}")
                 click.echo(url)
             node.wait()
-            raise BrokerLost(f"the broker ended by itself\n{node.log_tail(12)}", hint="Its last words are above.")
+            lost = BrokerLost(f"the broker ended by itself\n{node.log_tail(12)}", hint="Its last words are above.")
+        if not as_json:
+            raise lost
+        click.echo(lost.message, err=True)  # stdout has its one document already
+        sys.exit(lost.exit_code)
     except KeyboardInterrupt:
         click.echo("stopped", err=True)
     finally:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from fate_llm.core import plugins
 from fate_llm.core.errors import ModelError
-from fate_llm.core.interfaces import Estimate, PlanView, Traffic
-from fate_llm.protocols.tensors import container_overhead
+from fate_llm.core.interfaces import Estimate, Form, PlanView, Traffic
+from fate_llm.protocols.tensors import container_bytes
 
 from .adapters import planned_layout
 from .modelref import ModelShapes, locate, read_shapes
@@ -29,12 +32,30 @@ def training_cost(view: PlanView) -> Estimate:
     layout = planned_layout(shapes, params.peft) if shapes else None
     if shapes is None or layout is None:
         return Estimate(_exchanges(view, params.rounds, None), notes=("the model's shapes are not known here",))
-    values = {name: ("F32", shape) for name, shape in layout.items()}
-    size = container_overhead(values) + 4 * _count(layout) + ENVELOPE
+    plain: Form = {name: (np.dtype(np.float32), shape) for name, shape in layout.items()}
+    sent, more = _on_the_wire(plain, params.hooks)
+    size = container_bytes(plain) + ENVELOPE
     memory, note = _memory(view, params, shapes, _count(layout))
     # A coordinator holds the state, the sum, the mean and at most every early term, as float32.
     coordinator = PLAIN_PROCESS + size * (3 + len(view.cohort.contributors))
-    return Estimate(_exchanges(view, params.rounds, size), memory, coordinator, (note,))
+    exchanges = _exchanges(view, params.rounds, size, container_bytes(sent) + ENVELOPE)
+    return Estimate(exchanges, memory, coordinator, (note, *more))
+
+
+def _on_the_wire(form: Form, hooks: Sequence[Any]) -> tuple[Form, tuple[str, ...]]:
+    """Dtypes and shapes of an update as it travels, and what is not known beforehand. hooks: references by name."""
+    notes: list[str] = []
+    found = [(plugins.load("hook", ref.name), ref) for ref in hooks]
+    for hook, ref in sorted(found, key=lambda item: item[0].stage):
+        if not hook.stage.on_the_wire:
+            continue
+        made = hook(hook.Params(**ref.params), **({"seed": 0} if hook.draws else {}))
+        after = made.form(form)
+        if after is None:
+            notes.append(f"updates are at most this large: what {ref.name} saves depends on the values")
+        else:
+            form = after
+    return form, tuple(notes)
 
 
 def scoring_cost(view: PlanView) -> Estimate:
@@ -72,8 +93,11 @@ def _count(layout: Mapping[str, tuple[int, ...]]) -> int:
     return total
 
 
-def _exchanges(view: PlanView, rounds: int, size: int | None) -> tuple[Traffic, ...]:
-    """Hello, the first state, a term and a state every round, and the closing sum, party by party."""
+def _exchanges(view: PlanView, rounds: int, size: int | None, update: int | None = None) -> tuple[Traffic, ...]:
+    """Hello, the first state, a term and a state every round, and the closing sum, party by party.
+
+    size: bytes of a state's message. update: bytes of an update's.
+    """
     found: list[Traffic] = []
     coordinator = view.cohort.coordinator
     for index, party in enumerate(view.cohort.contributors):
@@ -84,7 +108,7 @@ def _exchanges(view: PlanView, rounds: int, size: int | None) -> tuple[Traffic, 
         else:
             found.append(Traffic(party, coordinator, "hello", 1, ENVELOPE))
         found.append(Traffic(coordinator, party, "first state", 1, size))
-        found.append(Traffic(party, coordinator, "update", rounds, size))
+        found.append(Traffic(party, coordinator, "update", rounds, update))
         found.append(Traffic(coordinator, party, "new state", rounds, size))
     return (*found, *sum_traffic(view))
 

@@ -90,6 +90,7 @@ class Outflow:
             return False
         self.round_trip = now - self._probed
         self._probed = None
+        self._quiet_since = now
         return True
 
     def lacks(self, received: int) -> bool:

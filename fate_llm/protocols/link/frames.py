@@ -111,14 +111,17 @@ def _fault(header: Header, behind: int, chunk: int) -> str | None:
 class ReportKind(IntEnum):
     RECEIPT = 1  # for information
     PROBE = 2  # please answer; who finds chunks missing that were sent before this asks for them
-    ASK = 3  # everything after `received` is missing here, send it again
+    ASK = 3  # of the chunks that a probe named as sent, those after `received` are missing here: send them again
     BYE = 4  # this party leaves: it sends nothing more, and needs nothing more
     ANSWER = 5  # a receipt that answers a probe
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Content of a control frame. received: up to which chunk all have come. sent: the last chunk sent."""
+    """Content of a control frame. received: up to which chunk all have come. sent: the last chunk sent.
+
+    In what answers a probe, `sent` is the probe's.
+    """
 
     kind: ReportKind
     received: int

@@ -134,16 +134,20 @@ class SecureLink:
         self._to_ack: list[Delivery] = []
         self._broken: FateError | None = None
         self._closing = False
-        self._peers = {
-            name: Peer(name, folder=folder / name, epoch=self._session.epoch, probe=timing.probe, window=window)
-            for name in self.counters
-        }
+        self._ending = threading.Lock()
         now = clock()
         self._started = self._greeted = now
-        for peer in self._peers.values():
-            self._resume(peer, now)
-        for peer in self._peers.values():
-            self._greet(peer)
+        with contextlib.ExitStack() as undo:  # a journal that does not open: nothing stays locked
+            undo.callback(self._session.close)
+            self._peers = {
+                name: Peer(name, folder=folder / name, epoch=self._session.epoch, probe=timing.probe, window=window)
+                for name in self.counters
+            }
+            for peer in self._peers.values():
+                self._resume(peer, now)
+            for peer in self._peers.values():
+                self._greet(peer)
+            undo.pop_all()
         self._pump = threading.Thread(target=self._run, name=f"link-{party}", daemon=True)
         self._pump.start()
 
@@ -278,14 +282,18 @@ class SecureLink:
 
         Without it the journal stays, and the next process of this party takes it up. Closing twice is fine.
         """
-        if self._closing:
+        # the pump closes when a callback does; it must not wait for a thread that waits for the pump
+        if not self._ending.acquire(blocking=threading.current_thread() is not self._pump):
             return
+        with contextlib.ExitStack() as held:
+            held.callback(self._ending.release)
+            if not self._closing:
+                self._end(finished)
+
+    def _end(self, finished: bool) -> None:
         if finished:
-            self.flush()
-            for peer in self._peers.values():
-                if peer.ready and not peer.left and peer.gone is None:
-                    self._tell(peer, ReportKind.BYE)
-            self._transport.flush(self._timing.linger)
+            with contextlib.suppress(FederationError):  # a transport that has failed: there is nobody to tell
+                self._say_goodbye()
         self._closing = True
         self._transport.close(finished=finished)
         if threading.current_thread() is not self._pump:
@@ -297,6 +305,15 @@ class SecureLink:
             with peer.sending:
                 peer.close(remove=finished)
         self._session.close(remove=finished)
+
+    def _say_goodbye(self) -> None:
+        self.flush()
+        for peer in self._peers.values():
+            if peer.ready and not peer.left and peer.gone is None:
+                self._tell(peer, ReportKind.BYE)
+            else:  # what is under way to it holds nobody up
+                self._transport.forget(peer.name)
+        self._transport.flush(self._timing.linger)
 
     def _raise_if_broken(self) -> None:
         if self._broken is not None:
@@ -423,7 +440,7 @@ class SecureLink:
         counters.bytes_received += len(message.body)
         with self._changed:
             tag = _Tag(self, message.number)
-            self._ready.append(Delivery(peer.name, message.body, tag, redelivered=message.again))
+            self._ready.append(Delivery(peer.name, message.body, tag, redelivered=message.again, verified=True))
             self._changed.notify_all()
 
     def _agree(self, peer: Peer, content: bytes) -> None:
@@ -449,7 +466,7 @@ class SecureLink:
         self._alive(peer, report.received)
         if report.kind is ReportKind.PROBE:
             missing = peer.inflow.received < report.sent
-            self._tell(peer, ReportKind.ASK if missing else ReportKind.ANSWER)
+            self._tell(peer, ReportKind.ASK if missing else ReportKind.ANSWER, sent=report.sent)
         elif report.kind in (ReportKind.ASK, ReportKind.ANSWER):
             with self._changed:
                 wanted = peer.outflow.answered(now)
@@ -529,13 +546,13 @@ class SecureLink:
         if not peer.ready:
             self._transport.send(peer.name, [_AGREE, self._agreement.hello(peer.name)])
 
-    def _tell(self, peer: Peer, kind: ReportKind) -> None:
+    def _tell(self, peer: Peer, kind: ReportKind, *, sent: int | None = None) -> None:
         with self._changed:
             peer.unreported, peer.report_due = 0, None
             if kind is ReportKind.PROBE:
                 peer.asked = self._clock()
                 peer.outflow.probed(peer.asked)
-            frame = peer.report(kind)
+            frame = peer.report(kind, sent)
         self._transport.send(peer.name, [frame])
 
     def _gone(self, peer: Peer, code: str, why: str) -> None:
@@ -544,6 +561,7 @@ class SecureLink:
                 return
             peer.gone = why
             self._changed.notify_all()
+        self._transport.forget(peer.name)  # whoever waits in the middle of sending to it wakes up
         if self._on_gone is not None:
             self._on_gone(peer.name, code, why)
 

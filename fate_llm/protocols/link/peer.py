@@ -117,13 +117,13 @@ class Peer:
             position = self._outbox.append([frame])
         return number, position, frame
 
-    def report(self, kind: ReportKind) -> bytes:
-        """A sealed report of both directions."""
+    def report(self, kind: ReportKind, sent: int | None = None) -> bytes:
+        """A sealed report of both directions. sent: instead of our own, what the probe said that this answers."""
         self._reports += 1
         received = self.inflow.received
         numbers = {"epoch": self._epoch, "number": self._reports, "received": received}
         header = Header(Kind.CONTROL, self._session(), **numbers).to_bytes()
-        content = Report(kind, received, self.outflow.sent).to_bytes()
+        content = Report(kind, received, self.outflow.sent if sent is None else sent).to_bytes()
         return header + bytes(self._send_reports.seal(self._reports, header, content))
 
     def forget(self, positions: Sequence[Position]) -> None:

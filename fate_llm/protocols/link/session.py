@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import struct
@@ -49,11 +50,10 @@ class Session:
         self._label = context
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = _locked(path.with_suffix(".lock"))
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
             self._begin(me, identity, roster, first_epoch)
-        except BaseException:
-            self.close()
-            raise
+            undo.pop_all()
 
     def _begin(
         self, me: str, identity: Identity, roster: Mapping[str, PublicIdentity], first_epoch: Callable[[], int]

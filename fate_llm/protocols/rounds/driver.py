@@ -264,10 +264,12 @@ class ContributorDriver:
     def _hear_waiting(self) -> None:
         """Hear what came while we trained: rounds may have ended without us."""
         coordinator = self._setting.cohort.coordinator  # that it has left since is no news: its last state counts
-        while (event := self._next(deadline=self._setting.channel.clock(), known_left=(coordinator,))) is not None:
+        while event := self._next(deadline=self._setting.channel.clock(), known_left=(coordinator,), stretch=False):
             self._perform(self._handle(event))
 
-    def _next(self, *, deadline: float | None, known_left: Collection[str] = ()) -> ContributorEvent | None:
+    def _next(
+        self, *, deadline: float | None, known_left: Collection[str] = (), stretch: bool = True
+    ) -> ContributorEvent | None:
         setting = self._setting
         coordinator = setting.cohort.coordinator
         message = setting.channel.next(
@@ -276,6 +278,7 @@ class ContributorDriver:
             senders=(coordinator,),
             deadline=deadline,
             known_left=known_left,
+            stretch=stretch,
         )
         if message is None:
             return None

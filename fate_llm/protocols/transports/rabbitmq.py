@@ -22,6 +22,7 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import ipaddress
 import itertools
@@ -30,7 +31,7 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
@@ -38,6 +39,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit
 import pika
 import pika.exceptions
 from pika.adapters.select_connection import SelectConnection
+from pika.adapters.utils.connection_workflow import AMQPConnectorException
 
 from fate_llm.core.errors import BrokerLost, BrokerRefused, ConfigurationError, FateError, TransportClosed
 from fate_llm.core.interfaces import Buffer, Delivery, Progress
@@ -45,12 +47,24 @@ from fate_llm.core.names import nearest
 
 from ..broker_layout import control_inbox, control_key, exchange_of, job_inbox, job_key
 
-__all__ = ["PLUGIN", "BrokerAddress", "RabbitTransport", "TransportCounters", "delete_inboxes", "log_in"]
+__all__ = [
+    "PLUGIN",
+    "BrokerAddress",
+    "BrokerFacts",
+    "BrokerProbe",
+    "RabbitTransport",
+    "Refusal",
+    "TransportCounters",
+    "delete_inboxes",
+    "log_in",
+]
 
 _RECEIVE_BYTES = 256 * 1024  # pika reads 4096 bytes at a time, which makes large messages slow
+_SMALL = 4096  # bytes of a frame that never waits: reports must not, or one full lane would hold up all others
 _FAREWELL = 3.0  # seconds for the broker to answer at the end
 _SETUP = 20.0  # seconds for the broker to make our inbox
 _STEADY = 2.0  # seconds after which a connection was not merely a spark
+_FAILURES = (pika.exceptions.AMQPError, AMQPConnectorException, OSError)  # a handshake's ssl.SSLError comes as it is
 _EXCHANGE_PREFIX = exchange_of("")
 _OPTIONS = ("plaintext", "cacertfile", "certfile", "keyfile", "server_name", "heartbeat", "queues")
 logging.getLogger("pika").setLevel(logging.CRITICAL)  # what matters is raised or reported here
@@ -307,7 +321,7 @@ class RabbitTransport:
         body = single if isinstance(single, bytes) else b"".join(parts)
         size = len(body)
         with self._changed:
-            self._changed.wait_for(lambda: lane.bytes < self._window or self._over())
+            self._changed.wait_for(lambda: lane.bytes < self._window or size <= _SMALL or self._over())
             self._raise_if_over()
             if lane.forgotten:
                 return size
@@ -383,7 +397,7 @@ class RabbitTransport:
         while True:
             try:
                 self._check_layout(until - time.monotonic())
-            except pika.exceptions.AMQPError as error:
+            except _FAILURES as error:
                 refused = _refusal(error, self._address)
                 if refused is not None:
                     raise refused from None
@@ -684,7 +698,7 @@ def log_in(address: BrokerAddress, *, patience: float) -> None:
     for attempt in itertools.count():
         try:
             pika.BlockingConnection(address.parameters(attempt, limit=max(until - time.monotonic(), 1.0))).close()
-        except pika.exceptions.AMQPError as error:
+        except _FAILURES as error:
             refused = _refusal(error, address)
             if refused is not None:
                 raise refused from None
@@ -709,7 +723,7 @@ def delete_inboxes(address: BrokerAddress, parties: Sequence[str], job: str) -> 
         finally:
             if connection.is_open:
                 connection.close()
-    except pika.exceptions.AMQPError as error:
+    except _FAILURES as error:
         lost = BrokerLost(f"the broker {address} cannot be reached: {_words(error)}")
         raise _refusal(error, address) or lost from None
 
@@ -795,7 +809,9 @@ def _tls_refusal(error: ssl.SSLError, address: BrokerAddress) -> BrokerRefused |
 def _login_refusal(error: Exception, address: BrokerAddress) -> BrokerRefused | None:
     """pika guesses from the moment of the end; an end without the broker's own words is not a refusal."""
     said = str(error)
-    if "ALERT" in said and "CERTIFICATE" in said:  # under TLS 1.3 it comes after the handshake
+    if "ALERT" in said and (
+        "CERTIFICATE" in said or "UNKNOWN_CA" in said
+    ):  # under TLS 1.3 it comes after the handshake
         hint = "This broker wants a client's certificate that it knows: ?certfile= and ?keyfile= in the address."
         return BrokerRefused(f"the broker {address} refuses our certificate, or the lack of one", hint=hint)
     if isinstance(error, pika.exceptions.ProbableAuthenticationError | pika.exceptions.AuthenticationError):
@@ -833,6 +849,184 @@ def _words(error: BaseException | None) -> str:
     """The most telling words in what pika raised."""
     texts = [f"{type(cause).__name__}: {cause}" for cause in _causes(error) if str(cause)]
     return min(texts, key=len)[:300] if texts else type(error).__name__
+
+
+# --- looking at a broker, for `fate_llm doctor` -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerFacts:
+    """What a broker said when it let us in. heartbeat: seconds; frame_max: bytes; both as agreed with us."""
+
+    product: str
+    version: str
+    cluster: str
+    heartbeat: int
+    frame_max: int
+    capabilities: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The broker's no to one call. code: of AMQP 0-9-1 (403 not allowed, 404 missing, 406 not so, 312 to nobody)."""
+
+    code: int
+    text: str
+
+
+class BrokerProbe:
+    """One connection to look at a broker with, for one thread: nothing is tried again, and a no is an answer.
+
+    limit: seconds until it is open, and that a broker which has stopped publishers is waited for.
+
+    Raises:
+        BrokerLost, BrokerRefused: from every call, when the connection cannot be made or is lost.
+    """
+
+    def __init__(self, address: BrokerAddress, *, limit: float = 10.0, attempt: int = 0) -> None:
+        self._address, self._incoming = address, deque[Delivery]()
+        self._consumer: Any = None
+        self._blocked = ""
+        parameters = address.parameters(attempt, limit=limit)
+        parameters.blocked_connection_timeout = limit
+        with self._named_errors():
+            self._connection: Any = pika.BlockingConnection(parameters)
+        self._connection.add_on_connection_blocked_callback(self._stopped)
+
+    @property
+    def facts(self) -> BrokerFacts:
+        agreed = self._connection._impl
+        said = agreed.server_properties
+        able = tuple(sorted(name for name, value in said.get("capabilities", {}).items() if value))
+        product, version, cluster = (str(said.get(name, "?")) for name in ("product", "version", "cluster_name"))
+        return BrokerFacts(product, version, cluster, int(agreed.params.heartbeat), int(agreed.params.frame_max), able)
+
+    @property
+    def blocked(self) -> str:
+        """Why the broker has stopped publishers, in its words; empty while it has not."""
+        return self._blocked
+
+    def exchange_is_there(self, name: str) -> Refusal | None:
+        return self._ask(lambda channel: channel.exchange_declare(name, passive=True))
+
+    def make_exchange(self, name: str) -> Refusal | None:
+        """A durable topic exchange, as a job makes it where that is allowed."""
+        return self._ask(lambda channel: channel.exchange_declare(name, exchange_type="topic", durable=True))
+
+    def delete_exchange(self, name: str) -> Refusal | None:
+        return self._ask(lambda channel: channel.exchange_delete(name))
+
+    def make_inbox(self, name: str, *, expires: float) -> Refusal | None:
+        """A durable queue of the kind that the address says, gone `expires` seconds after its last use."""
+        arguments = {"x-queue-type": self._address.queues, "x-expires": int(expires * 1000)}
+        return self._ask(lambda channel: channel.queue_declare(name, durable=True, arguments=arguments))
+
+    def delete_inbox(self, name: str) -> Refusal | None:
+        """One that is not there is no error."""
+        return self._ask(lambda channel: channel.queue_delete(name))
+
+    def consumers(self, name: str) -> int | Refusal:
+        """How many read a queue."""
+        found: list[int] = []
+        refused = self._ask(
+            lambda channel: found.append(channel.queue_declare(name, passive=True).method.consumer_count)
+        )
+        return refused if refused is not None else found[0]
+
+    def bind(self, queue: str, exchange: str, key: str) -> Refusal | None:
+        return self._ask(lambda channel: channel.queue_bind(queue, exchange, key))
+
+    def unbind(self, queue: str, exchange: str, key: str) -> Refusal | None:
+        return self._ask(lambda channel: channel.queue_unbind(queue, exchange, key))
+
+    def look_into(self, queue: str) -> Refusal | None:
+        """Try to read one message; it goes back at once."""
+        return self._ask(lambda channel: channel.basic_get(queue))
+
+    def publish(
+        self, exchange: str, key: str, body: bytes, *, expires: float | None = None, user: str | None = None
+    ) -> Refusal | None:
+        """One message, persistent, mandatory and confirmed. expires: seconds that it may wait in a queue."""
+
+        def call(channel: Any) -> None:
+            channel.confirm_delivery()
+            channel.basic_publish(exchange, key, body, self._properties(expires, user), mandatory=True)
+
+        return self._ask(call)
+
+    def send(self, exchange: str, key: str, body: bytes, *, expires: float | None = None) -> None:
+        """The same without waiting for a confirm; on the channel that reads, so `consume` comes first."""
+        with self._named_errors():
+            self._consumer.basic_publish(exchange, key, body, self._properties(expires, None))
+
+    def consume(self, queue: str, *, prefetch: int = 32) -> Refusal | None:
+        """Read a queue from now on, with `receive`; what is not acknowledged goes back at the end."""
+        _read_in_large_pieces(self._connection._impl)
+        with self._named_errors():
+            channel = self._connection.channel()
+            try:
+                channel.basic_qos(prefetch_count=prefetch)
+                channel.basic_consume(queue, self._delivered)
+            except pika.exceptions.ChannelClosedByBroker as error:
+                return Refusal(error.reply_code, error.reply_text)
+            self._consumer = channel
+        return None
+
+    def receive(self, timeout: float) -> Delivery | None:
+        """The next message, or None after `timeout` seconds, or at once when the broker has stopped publishers."""
+        until = time.monotonic() + timeout
+        with self._named_errors():
+            while not self._incoming and not self._blocked and (left := until - time.monotonic()) > 0:
+                self._connection.process_data_events(left)
+                if not self._consumer.is_open:
+                    raise BrokerLost(f"the broker {self._address} has ended the reading of a queue")
+        return self._incoming.popleft() if self._incoming else None
+
+    def ack(self, delivery: Delivery) -> None:
+        with self._named_errors():
+            self._consumer.basic_ack(delivery.tag)
+
+    def close(self) -> None:
+        if self._connection.is_open:
+            with contextlib.suppress(*_FAILURES):
+                self._connection.close()
+
+    def _ask(self, call: Callable[[Any], Any]) -> Refusal | None:
+        """One call on a channel of its own, which a refusal closes."""
+        with self._named_errors():
+            channel = self._connection.channel()
+            try:
+                call(channel)
+            except pika.exceptions.ChannelClosedByBroker as error:
+                return Refusal(error.reply_code, error.reply_text)
+            except pika.exceptions.UnroutableError:
+                return Refusal(312, "no inbox takes it")
+            except pika.exceptions.NackError:
+                return Refusal(541, "the broker could not keep it")
+            finally:
+                if channel.is_open:
+                    channel.close()
+        return None
+
+    def _properties(self, expires: float | None, user: str | None) -> pika.BasicProperties:
+        wait = None if expires is None else str(int(expires * 1000))
+        return pika.BasicProperties(delivery_mode=2, user_id=user or self._address.user, expiration=wait)
+
+    def _delivered(self, _channel: Any, method: Any, _properties: Any, body: bytes) -> None:
+        exchange = str(method.exchange)
+        sender = exchange.removeprefix(_EXCHANGE_PREFIX) if exchange.startswith(_EXCHANGE_PREFIX) else ""
+        self._incoming.append(Delivery(sender, memoryview(body), method.delivery_tag, bool(method.redelivered)))
+
+    def _stopped(self, _connection: Any, frame: Any) -> None:
+        self._blocked = str(frame.method.reason) or "without a reason"
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except _FAILURES as error:
+            lost = BrokerLost(f"the broker {self._address} cannot be reached: {_words(error)}")
+            raise _refusal(error, self._address) or lost from None
 
 
 PLUGIN = RabbitTransport

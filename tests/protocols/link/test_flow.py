@@ -91,6 +91,8 @@ def test_each_probe_is_answered_once() -> None:
     flow.probed(102.0)
     assert flow.answered(102.5)
     assert flow.round_trip == 0.5
+    assert not flow.probe_due(104.4), "an answer without progress is no reason to ask at once"
+    assert flow.probe_due(104.5)
     assert not flow.answered(103.0)
     assert flow.round_trip == 0.5
 

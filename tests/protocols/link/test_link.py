@@ -90,7 +90,7 @@ def test_what_is_sent_may_be_written_to_afterwards(world: World) -> None:
 def test_the_disk_does_not_grow(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fate_llm.protocols.link.peer.SegmentLog", lambda path: SegmentLog(path, segment=4000))
     a, b = world.pair()
-    for number in range(1000):
+    for number in range(400):
         a.send("b", [b"%d" % number * 20])
         assert bytes(take(b).body) == b"%d" % number * 20
     assert a.flush()
@@ -102,7 +102,7 @@ def test_send_waits_when_too_much_is_unreported_and_goes_on(world: World) -> Non
     a, b = world.pair(unreported=4 * CHUNK)
     world.network.rule = lambda s, r, f: [] if s == "b" else [(s, r, f)]
     sent = run_aside(lambda: a.send("b", [bytes(20 * CHUNK)]))
-    eventually(lambda: len(world.network.frames("a", "b", DATA)) >= 3)
+    eventually(lambda: len(world.network.frames("a", "b", DATA)) >= 2)
     time.sleep(0.05)
     assert len(world.network.frames("a", "b", DATA)) <= 4, "memory of the network is bounded"
     # When reports come again, Then it goes on by itself
@@ -150,7 +150,7 @@ def turned(fault: Fault) -> Fault:
     return Fault(fault.kind, fault.receiver, fault.sender, fault.nth, fault.by)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(FAULT, max_size=12), st.lists(FAULT.map(turned), max_size=12), st.lists(EVENT, max_size=9))
 def test_everything_comes_once_in_order_whatever_happens(
     tmp_path_factory: pytest.TempPathFactory,
@@ -324,32 +324,23 @@ def test_a_chunk_is_in_the_outbox_before_it_is_sent(world: World) -> None:
     assert found[:3] == [True] * 3
 
 
-def test_keys_are_on_disk_before_they_are_promised(make_world: MakeWorld) -> None:
+def test_keys_are_on_disk_before_they_are_promised(world: World) -> None:
     """a, whose name comes first, draws a secret; it must survive a crash right after the reply left."""
-    world = make_world()
-    a, b = world.link("a"), world.link("b")
-    saved: list[bool] = []
+    copies: list[bytes] = []
 
     def rule(s: str, r: str, f: bytes) -> list[tuple[str, str, bytes]]:
-        if s == "a" and f[4] == AGREE and b"FLNK\x01\x02" in f:
-            copy = world.folder / f"copy{len(saved)}"
-            copy.mkdir()
-            (copy / "session").write_bytes((world.folder / "a" / "session").read_bytes())
-            saved.append(True)
+        if s == "a" and f.startswith(b"FLNK\x01\x02", HEADER):
+            copies.append((world.folder / "a" / "session").read_bytes())
         return [(s, r, f)]
 
     world.network.rule = rule
+    a, b = world.pair()
     crash(a)
-    crash(b)
-    a, b = world.link("a"), world.link("b")
-    if not saved:  # they had agreed before the rule; a new attempt meets it
-        second = make_world(attempt=2)
-        second.network.rule = rule
-        world, rule_folder = second, world.folder
-        a, b = second.link("a"), second.link("b")
-    world.meet(a, b)
-    a.send("b", [b"x"])
-    take(b)
+    (world.folder / "a" / "session").write_bytes(copies[0])
+    a = world.link("a")
+    assert a._peers["b"].ready
+    goes_on(a, b)
+    assert world.gone == []
 
 
 def test_an_epoch_is_never_used_twice(world: World) -> None:
@@ -544,8 +535,9 @@ def test_replayed_reports_have_no_effect(world: World, kind: ReportKind) -> None
     b._tell(b._peers["a"], kind)
     old = world.network.frames("b", "a", CONTROL)[-1]
     world.network.rule = None
+    b._tell(b._peers["a"], ReportKind.RECEIPT)
+    eventually(lambda: a._peers["b"]._reports_seen == b._peers["a"]._reports)
     goes_on(a, b)
-    a.flush()
     before, sent = a.counters["b"].duplicates, reports(world, "a", "b")
     for _ in range(50):
         world.network.inject("b", "a", old)
@@ -568,9 +560,9 @@ def test_asking_again_and_again_moves_nothing(world: World) -> None:
     sender = b._peers["a"]
     heard = a._peers["b"]._reports_seen
     for _ in range(100):
-        b._transport.send("a", [sender.report(ReportKind.ASK)])
+        b._transport.send("a", [sender.report(ReportKind.ASK, 10)])
     eventually(lambda: a._peers["b"]._reports_seen >= heard + 100)
-    assert a.counters["b"].chunks_sent_again <= 20
+    assert a.counters["b"].chunks_sent_again == 10
     clock.now += 1
     world.network.rule = None
     assert len(take(b).body) == 10 * CHUNK
@@ -599,8 +591,6 @@ def test_a_huge_size_costs_nothing(world: World, size: int) -> None:
 
 
 def test_a_party_that_seals_nonsense_is_given_up(world: World) -> None:
-    for changed in ("size", "offset", "message"):
-        assert changed
     a, b = world.pair()
     peer = a._peers["b"]
     number, position, frame = peer.seal(b"x" * 10, 1, 30, 0)
@@ -665,7 +655,6 @@ def test_a_forged_early_frame_does_not_keep_the_right_one_out(world: World) -> N
 def test_a_goodbye_before_the_end_is_told(world: World) -> None:
     a, b = world.pair()
     captured(world, a, b, bytes(3 * CHUNK))
-    a._closing = False
     world.network.rule = lambda s, r, f: [] if (s, f[4]) == ("a", DATA) else [(s, r, f)]
     a._tell(a._peers["b"], ReportKind.BYE)
     eventually(lambda: world.gone)
@@ -794,7 +783,11 @@ def test_several_threads_may_close_at_once(world: World) -> None:
     for finished in (False, True):
         a, b = world.pair()
         goes_on(a, b)
-        ends = [run_aside(lambda link=link: link.close(finished=finished)) for link in (a, b) for _ in range(4)]
+        ends = [
+            run_aside(lambda link=link, finished=finished: link.close(finished=finished))
+            for link in (a, b)
+            for _ in range(4)
+        ]
         assert [end() for end in ends] == [None] * 8
     assert world.files() == []
 
@@ -983,10 +976,10 @@ def test_senders_in_many_threads_and_reports_do_not_trip_over_each_other(world: 
     stop = threading.Event()
 
     def ask() -> None:
-        while not stop.is_set():
+        while not stop.wait(0.002):
             with contextlib.suppress(FateError):
                 a._tell(a._peers["b"], ReportKind.PROBE)
-                b._transport.send("a", [bytes(b._peers["a"].report(ReportKind.ASK))])
+                b._tell(b._peers["a"], ReportKind.ASK)
 
     threads.append(threading.Thread(target=ask))
     for thread in threads:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fate_llm.core.errors import BadEnvelope, BadSeal, FateError, PeerViolation
+from fate_llm.core.errors import BadEnvelope, BadSeal, FateError, FederationError, PeerViolation
 from fate_llm.protocols.link.frames import HEADER, TAG, Report, ReportKind, read_header
 from fate_llm.protocols.link.journal import SegmentLog
 from fate_llm.protocols.link.peer import Message, Peer, cut
@@ -207,6 +209,32 @@ def test_a_sender_goes_on_counting_after_a_crash(tmp_path: Path, ends: tuple[Pee
     assert read_header(fresh[0]).number == 5
     assert taken(b, fresh) == [b"4"]
     again.close(remove=False)
+
+
+def test_the_newest_chunk_is_there_until_a_newer_one_is(
+    tmp_path: Path, ends: tuple[Peer, Peer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a process that goes on, all of whose chunks were reported, and a disk that takes no new one
+    a, _ = ends
+    sealed(a, bytes(35))
+    a.close(remove=False)
+    second = end(tmp_path, epoch=2)
+    recovered(second)
+    second.forget(second.outflow.reported(4, 1.0))
+
+    def full(file: int, views: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "writev", full)
+        with pytest.raises(FederationError):
+            sealed(second, b"x")
+    second.close(remove=False)
+    # Then the third still knows where to count on
+    third = end(tmp_path, epoch=3)
+    recovered(third)
+    assert (third.outflow.sent, third.last_message) == (4, 1)
+    third.close(remove=False)
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 3])

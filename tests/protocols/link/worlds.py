@@ -16,7 +16,7 @@ from fate_llm.protocols.link import SecureLink, Timing
 from fate_llm.protocols.transports.memory import Fault, MemoryNetwork
 from fate_llm.security.identity import Identity
 
-SOON = 20.0  # seconds for what should come; no test waits for it when all is well
+SOON = 10.0  # seconds for what should come; no test waits for it when all is well
 QUICK = Timing(meet=60, silence=60, keepalive=30, probe=0.03, report=0.005, linger=5)
 CHUNK = 64
 IDENTITIES = {name: Identity(bytes([number]) * 32) for number, name in enumerate("abcd", start=1)}
