@@ -20,8 +20,8 @@ from _measure import Child, environment
 
 from fate_llm.protocols.broker_layout import exchange_of, permissions_of, topic_permissions_of
 from fate_llm.runtime.broker import BrokerNode, TlsFiles
-from fate_llm.security.certificates import make_authority
 from fate_llm.runtime.federation_setup import plan_setup, set_up
+from fate_llm.security.certificates import make_authority
 
 __all__ = ["Broker", "BrokerEach", "Way", "broker", "broker_each", "together"]
 

@@ -84,7 +84,7 @@ def _write_app(options: argparse.Namespace, answer: Path) -> Path:
 
 def _start(options: argparse.Namespace, ports: list[int]) -> list[subprocess.Popen[bytes]]:
     link = ["--insecure", "--host", "127.0.0.1", "--port", str(ports[0]), "--disable-runtime-dependency-installation"]
-    commands = [[_tool("flower-superlink"), *link]]
+    commands: list[list[str | Path]] = [[_tool("flower-superlink"), *link]]
     for port in ports[1:]:
         superlink = ["--insecure", "--superlink", f"127.0.0.1:{ports[0]}", "--port", str(port)]
         commands.append([_tool("flower-supernode"), *superlink])

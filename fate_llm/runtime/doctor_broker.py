@@ -91,7 +91,7 @@ class Place:
         Raises:
             BrokerLost, BrokerRefused: there is none.
         """
-        return BrokerProbe(self.address, limit=self.seconds, attempt=self.node)
+        return BrokerProbe(self.address, limit=self.seconds, alarm_limit=self.seconds, attempt=self.node)
 
     def clean(self) -> None:
         """Remove what the checks have made.
@@ -197,13 +197,18 @@ def check_refusals(probe: BrokerProbe, place: Place) -> Check:
     probe.make_inbox(own, expires=_IDLE)
     try:
         allowed = [what for what, call in tries.items() if not _is_refused(call())]
+        allowed += [
+            f"bind with its key at the exchange of {party}"
+            for party in place.others
+            if not _is_refused(probe.bind(own, layout.exchange_of(party), layout.job_key(party, place.job)))
+        ]
     finally:
         probe.delete_inbox(own)
         probe.delete_inbox(foreign)
     if allowed:
         found = f"this user may do more than it needs: {', '.join(allowed)}"
         return warning("refusals", found, f"For a development broker that is fine. Else: {place.grant}")
-    return ok("refusals", f"{len(tries)} things that no party needs are refused")
+    return ok("refusals", f"{len(tries) + len(place.others)} things that no party needs are refused")
 
 
 def _is_refused(answer: Refusal | None) -> bool:

@@ -77,7 +77,7 @@ def check_tls(address: BrokerAddress, number: int, *, seconds: float, now: float
         do = "Name the authority that signed it (ca in party.yaml, ?cacertfile= in the address), or the host it is for."
         return failed("tls", f"the certificate does not verify for {name}: {error.verify_message}", do)
     except ssl.SSLError as error:
-        do = "Is this the broker's TLS port, and does it speak TLS 1.2 or 1.3?"
+        do = "Is this its TLS port, does it speak TLS 1.2 or 1.3, and does it know our certificate if it wants one?"
         return failed("tls", f"no TLS: {error.reason or error}", do)
     except OSError as error:
         do = "Is this the broker's TLS port, and not the one without TLS?"
@@ -149,11 +149,14 @@ class ManagementApi:
 
 @dataclass(frozen=True, slots=True)
 class Nodes:
-    """What the management API says. fault: why it says nothing. skew: the broker's clock less ours, seconds."""
+    """What the management API says. fault: why it says nothing. skew: the broker's clock less ours, seconds.
+
+    plugins: those that all running nodes have; None: it does not say, as in the first seconds after a start.
+    """
 
     fault: str = ""
     skew: float | None = None
-    plugins: frozenset[str] = frozenset()
+    plugins: frozenset[str] | None = None
     alarms: tuple[str, ...] = ()
 
 
@@ -172,11 +175,13 @@ def read_nodes(api: ManagementApi, address: BrokerAddress, *, seconds: float, cl
     nodes = [node for node in found if isinstance(node, Mapping)] if isinstance(found, list) else []
     if not nodes:
         return Nodes(f"{where} lists no node", skew)
-    running = [set(map(str, node.get("enabled_plugins") or ())) for node in nodes if node.get("running", True)]
+    told = [node.get("enabled_plugins") for node in nodes if node.get("running") is not False]
+    sets = [frozenset(map(str, one)) for one in told if isinstance(one, list)]
+    plugins = frozenset.intersection(*sets) if sets and len(sets) == len(told) else None
     words = {"mem_alarm": "memory", "disk_free_alarm": "disk"}
     alarms = [f"{word} at {node.get('name')}" for node in nodes for key, word in words.items() if node.get(key) is True]
     away = [f"{node.get('name')} does not run" for node in nodes if node.get("running") is False]
-    return Nodes("", skew, frozenset(set.intersection(*running)) if running else frozenset(), (*alarms, *away))
+    return Nodes("", skew, plugins, (*alarms, *away))
 
 
 def check_plugins(nodes: Nodes | None, *, linked: bool) -> Check:
@@ -186,6 +191,8 @@ def check_plugins(nodes: Nodes | None, *, linked: bool) -> Check:
         return skipped("plugins", "only the management API can tell", do)
     if nodes.fault:
         return skipped("plugins", nodes.fault, "Mend --management, or look with `rabbitmq-plugins list`.")
+    if nodes.plugins is None:
+        return skipped("plugins", "the management API does not say", "Run the doctor again in some seconds.")
     has = {name: f"rabbitmq_{name}" in nodes.plugins for name in _PLUGINS}
     has["auth_mechanism_ssl"] = "rabbitmq_auth_mechanism_ssl" in nodes.plugins
     found = ", ".join(f"{name} {'on' if there else 'off'}" for name, there in has.items())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from fate_llm.core.errors import ConfigurationError
 from fate_llm.core.names import is_name, nearest
@@ -17,6 +18,7 @@ from fate_llm.security.randomness import random_id
 
 from .attempt import Runtime
 from .events import Observer
+from .federation import load_party
 from .job import JobResult, Submission, job_name
 
 __all__ = ["DEFAULT_WORKDIR", "over_broker", "prepare", "submit_pipeline"]
@@ -51,7 +53,7 @@ def prepare(
 def over_broker(spec: PipelineSpec, brokers: Sequence[str]) -> Runtime:
     """A process per party, talking over a message broker.
 
-    brokers: one address for all, or `PARTY=ADDRESS` for each.
+    brokers: one address for all, or `PARTY=ADDRESS` for each, or `PARTY=party.yaml`: the party's own settings.
 
     Raises:
         ConfigurationError: an address that cannot be, or a party without one.
@@ -69,7 +71,18 @@ def over_broker(spec: PipelineSpec, brokers: Sequence[str]) -> Runtime:
     lacking = [party for party in spec.members if party not in given]
     if lacking and not common:
         raise ConfigurationError(f"no broker for {', '.join(lacking)}", hint="Give each its own: PARTY=ADDRESS")
-    return ProcessRuntime({party: given.get(party) or common[0] for party in spec.members})
+    return ProcessRuntime({party: _address(given.get(party) or common[0]) for party in spec.members})
+
+
+def _address(text: str) -> str:
+    """A broker's URL as it is, or the one in a party's settings, with its password."""
+    if "://" in text:
+        return text
+    settings, _ = load_party(Path(text))
+    url, password = settings.broker_url(), settings.load_password()
+    scheme, _, rest = url.partition("://")
+    user, at, place = rest.partition("@")
+    return url if password is None or not at else f"{scheme}://{user}:{quote(password, safe='')}@{place}"
 
 
 def submit_pipeline(

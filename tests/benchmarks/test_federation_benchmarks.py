@@ -411,7 +411,7 @@ def test_the_plain_sender_and_receiver_move_all_bytes(
 def test_the_plain_rounds_bring_everything_back(
     load: Callable[[str], ModuleType], address: list[str | Path], tmp_path: Path
 ) -> None:
-    common = ["--folder", tmp_path, "--size", 5 * 2**20, "--rounds", 3, *address]
+    common = ["--folder", tmp_path, "--size", 5 * 2**20, "--rounds", 3, "--sync", "off", *address]
     commands = {party: plain("echo", *common, "--party", party) for party in ("p1", "p2")}
     commands["coordinator"] = plain("coordinate", *common, "--parties", "p1", "p2")
     found = load("_brokers").together(commands, timeout=120)

@@ -26,10 +26,11 @@ from fate_llm.core.errors import (
 from fate_llm.pipelines import check
 from fate_llm.runtime.broker import BrokerNode, free_port
 from fate_llm.runtime.events import Event
+from fate_llm.runtime.federation import Topology
 from fate_llm.runtime.job import JobResult, Submission
 from fate_llm.runtime.processes import ProcessRuntime
 from fate_llm.runtime.submit import over_broker
-from tests.brokers import broker, leftovers, vhost  # noqa: F401
+from tests.brokers import broker, leftovers, live_federation, vhost  # noqa: F401
 from tests.runtime.conftest import MakeJob
 from tests.runtime.toys import install, toy_pipeline
 
@@ -256,3 +257,33 @@ def test_whose_broker_is_whose() -> None:
         over_broker(spec, [one, f"bank={two}"])
     with pytest.raises(ConfigurationError, match="in clear"):
         over_broker(spec, ["amqp://u:p@example.org/v"])
+
+
+@pytest.mark.parametrize("topology", ["shared", "per-party"])
+def test_both_topologies_with_the_rights_that_init_gives(
+    topology: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_job: MakeJob
+) -> None:
+    # Given the brokers that `federation init` describes, TLS only, each party with its own user
+    monkeypatch.setenv("PYTHONPATH", install(tmp_path / "site"))
+    data = stepper(size=2_000_000)
+    data["parties"] = {"guest": "a", "hosts": ["b"]}
+    alone = make_job(data, job_id="alone").run()
+    with live_federation("a", "b", topology=topology) as brokers:
+        files = [f"{party}={brokers.folder / 'parties' / party / 'party.yaml'}" for party in "ab"]
+        # When a job runs over them
+        spec = check(data)
+        job = Submission(
+            spec,
+            job_id="job-1",
+            base=tmp_path,
+            workdir=tmp_path / "jobs",
+            now=time.time,
+            runtime=over_broker(spec, files),
+        )
+        result = job.run()
+        # Then it ends with the same bits, and nothing of it is left on any broker
+        assert result.status == "success", result.error
+        assert model(result) == model(alone) == model(result, "b")
+        for node in brokers.nodes.values():
+            kept = [name for name in leftovers(node, brokers.federation.vhost)["queues"] if "/job/" in name]
+            assert not kept

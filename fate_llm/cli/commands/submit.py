@@ -28,9 +28,9 @@ __all__ = ["COMMAND"]
     "brokers",
     multiple=True,
     envvar="FATE_LLM_BROKER",
-    metavar="[PARTY=]URL",
-    help="A process per party, talking over RabbitMQ: one address for all, or one for each party. Also read from "
-    "FATE_LLM_BROKER, so that the password is not in the list of processes.",
+    metavar="[PARTY=]URL|PARTY=FILE",
+    help="A process per party, talking over RabbitMQ: one address for all, or one for each party, or a party's "
+    "party.yaml. Also read from FATE_LLM_BROKER, so that no password is in the list of processes.",
 )
 @click.option("--quiet", is_flag=True, help="No progress, only the result.")
 @json_option

@@ -33,7 +33,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 import pika
@@ -65,6 +65,7 @@ _FAREWELL = 3.0  # seconds for the broker to answer at the end
 _SETUP = 20.0  # seconds for the broker to make our inbox
 _STEADY = 2.0  # seconds after which a connection was not merely a spark
 _FAILURES = (pika.exceptions.AMQPError, AMQPConnectorException, OSError)  # a handshake's ssl.SSLError comes as it is
+_DELETED = "Has an operator deleted the queue or taken a permission? `fate_llm federation grant` gives them back."
 _EXCHANGE_PREFIX = exchange_of("")
 _OPTIONS = ("plaintext", "cacertfile", "certfile", "keyfile", "server_name", "heartbeat", "queues")
 logging.getLogger("pika").setLevel(logging.CRITICAL)  # what matters is raised or reported here
@@ -877,21 +878,25 @@ class Refusal:
 class BrokerProbe:
     """One connection to look at a broker with, for one thread: nothing is tried again, and a no is an answer.
 
-    limit: seconds until it is open, and that a broker which has stopped publishers is waited for.
+    limit: seconds until it is open. alarm_limit: seconds that a broker which has stopped publishers is waited for;
+    None: until it goes on.
 
     Raises:
         BrokerLost, BrokerRefused: from every call, when the connection cannot be made or is lost.
     """
 
-    def __init__(self, address: BrokerAddress, *, limit: float = 10.0, attempt: int = 0) -> None:
+    def __init__(
+        self, address: BrokerAddress, *, limit: float = 10.0, alarm_limit: float | None = 10.0, attempt: int = 0
+    ) -> None:
         self._address, self._incoming = address, deque[Delivery]()
         self._consumer: Any = None
-        self._blocked = ""
+        self._blocked, self._deleted = "", False
         parameters = address.parameters(attempt, limit=limit)
-        parameters.blocked_connection_timeout = limit
+        parameters.blocked_connection_timeout = alarm_limit
         with self._named_errors():
-            self._connection: Any = pika.BlockingConnection(parameters)
-        self._connection.add_on_connection_blocked_callback(self._stopped)
+            self._connection = cast(Any, pika.BlockingConnection(parameters))
+        # The blocking connection itself would keep the news until it is idle, which it is not while it is stopped.
+        self._connection._impl.add_on_connection_blocked_callback(self._stopped)
 
     @property
     def facts(self) -> BrokerFacts:
@@ -966,6 +971,7 @@ class BrokerProbe:
             channel = self._connection.channel()
             try:
                 channel.basic_qos(prefetch_count=prefetch)
+                channel.add_on_cancel_callback(self._cancelled)
                 channel.basic_consume(queue, self._delivered)
             except pika.exceptions.ChannelClosedByBroker as error:
                 return Refusal(error.reply_code, error.reply_text)
@@ -973,13 +979,13 @@ class BrokerProbe:
         return None
 
     def receive(self, timeout: float) -> Delivery | None:
-        """The next message, or None after `timeout` seconds, or at once when the broker has stopped publishers."""
+        """The next message, or None after `timeout` seconds."""
         until = time.monotonic() + timeout
         with self._named_errors():
-            while not self._incoming and not self._blocked and (left := until - time.monotonic()) > 0:
+            while not self._incoming and (left := until - time.monotonic()) > 0:
                 self._connection.process_data_events(left)
-                if not self._consumer.is_open:
-                    raise BrokerLost(f"the broker {self._address} has ended the reading of a queue")
+                if self._deleted or not self._consumer.is_open:
+                    raise BrokerLost(f"the broker {self._address} lets us read no more", hint=_DELETED)
         return self._incoming.popleft() if self._incoming else None
 
     def ack(self, delivery: Delivery) -> None:
@@ -1016,6 +1022,9 @@ class BrokerProbe:
         exchange = str(method.exchange)
         sender = exchange.removeprefix(_EXCHANGE_PREFIX) if exchange.startswith(_EXCHANGE_PREFIX) else ""
         self._incoming.append(Delivery(sender, memoryview(body), method.delivery_tag, bool(method.redelivered)))
+
+    def _cancelled(self, _frame: Any) -> None:
+        self._deleted = True
 
     def _stopped(self, _connection: Any, frame: Any) -> None:
         self._blocked = str(frame.method.reason) or "without a reason"
