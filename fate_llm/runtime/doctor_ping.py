@@ -144,7 +144,7 @@ class _Allowance:
     at: float
 
     def take(self, size: int, now: float) -> bool:
-        passed, self.at = max(now - self.at, 0.0), now
+        passed, self.at = now - self.at, now
         self.pings = min(_PINGS_KEPT, self.pings + passed * _PINGS_A_SECOND)
         self.bytes = min(_BYTES_KEPT, self.bytes + passed * _BYTES_A_SECOND)
         if self.pings < 1 or self.bytes < size:

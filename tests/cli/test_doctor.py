@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 from fate_llm import __version__
+from fate_llm.cli.commands.doctor import _show
 from fate_llm.protocols.broker_layout import control_inbox
 from fate_llm.runtime.broker import BrokerNode
 from fate_llm.runtime.doctor import CHECKS
+from fate_llm.runtime.doctor_report import Check, Report, failed, ok, skipped, warning
 from fate_llm.runtime.federation import read_password
 from tests.brokers import admin, broker, leftovers, vhost  # noqa: F401
 from tests.cli.conftest import Run, document, environment, only_error
@@ -85,6 +87,23 @@ def test_people_read_a_line_each_and_the_worst_last(run: Run, nobody: str) -> No
     assert lines[-1].startswith("1 failed, ") and "First: reachable: " in lines[-1]
     assert sum(line.lstrip().startswith("->") for line in lines) >= 1
     assert "geheim" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("checks", "last"),
+    [
+        ((ok("tls", "fine"), skipped("clock", "cannot")), "nothing is wrong: 1 not checked, 1 ok"),
+        (
+            (ok("a", "b"), warning("w", "old", "renew"), failed("f", "bad", "mend")),
+            "1 failed, 1 warning, 1 ok. First: f: bad.",
+        ),
+        ((warning("w", "old", "renew"), ok("a", "b")), "1 warning, 1 ok. First: w: old. renew"),
+    ],
+)
+def test_the_last_line_is_the_worst(checks: tuple[Check, ...], last: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _show(Report(checks))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith(last) and len(lines) == len(checks) + 2 + sum(bool(check.do) for check in checks)
 
 
 @pytest.mark.slow

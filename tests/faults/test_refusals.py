@@ -28,7 +28,7 @@ from tests.brokers import admin, node_folder, require_rabbitmq
 
 from .links import Line, loopback, nothing_on, start
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 SECRET = "correct-horse-battery"
 SOON = 5.0  # seconds for a refusal
 

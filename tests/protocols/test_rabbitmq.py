@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fate_llm.core.errors import ConfigurationError, FateError, TransportClosed
+from fate_llm.core.errors import ConfigurationError, FateError, InternalError, TransportClosed
 from fate_llm.core.interfaces import Delivery, Transport
 from fate_llm.protocols.broker_layout import control_inbox, control_key, exchange_of, job_inbox, job_key
 from fate_llm.protocols.transports.rabbitmq import BrokerAddress, RabbitTransport
@@ -390,6 +390,18 @@ def test_a_blocked_broker_is_neither_connected_nor_lost(broker: BrokerNode, conn
 def test_a_stranger_cannot_be_sent_to(connect: Connect) -> None:
     with pytest.raises(ConfigurationError, match="z is not a party of job j"):
         connect("a").send("z", [b"x"])
+
+
+def test_a_bug_of_ours_in_the_thread_ends_in_an_error_and_not_in_silence(
+    broker: BrokerNode, vhost: str, connect: Connect
+) -> None:
+    def observer(event: str, fields: Mapping[str, Any]) -> None:
+        raise ValueError(event)
+
+    a = connect("a", observer=observer)
+    broker.ctl("close_all_connections", "--vhost", vhost, "a test")
+    with pytest.raises(InternalError, match="the transport stopped: ValueError: broker_away"):
+        a.receive(SOON)
 
 
 def test_a_closed_transport_says_so_and_wakes_who_waits(connect: Connect) -> None:

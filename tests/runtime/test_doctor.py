@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -176,7 +177,7 @@ class Hands:
 
 def responder(hands: Hands | None = None, identity: Identity = ANSWERER) -> Responder:
     held = hands or Hands()
-    facts = {"party": "b", "pins": PINS, "roster": ROSTER, "version": VERSION}
+    facts: dict[str, Any] = {"party": "b", "pins": PINS, "roster": ROSTER, "version": VERSION}
     return Responder(identity, clock=lambda: held.wall, ticks=lambda: held.tick, **facts)
 
 
@@ -232,7 +233,6 @@ def test_the_rate_is_bounded_by_number_and_comes_back() -> None:
     for number in range(200, 250):
         found.answer("a", sealed(ping(nonce=nonce(number))))
     assert found.counts["answered"] == 120
-    hands.tick = 0.5  # a clock that goes back gives nothing
     assert found.answer("a", sealed(ping(nonce=nonce(999)))) is None
 
 
@@ -330,6 +330,20 @@ def test_one_answer_is_not_counted_for_two_pings(monkeypatch: pytest.MonkeyPatch
     found = asked(reply, monkeypatch)
     assert found["b: answers"].status == "ok"
     assert found["b: round trip"].status == "warning" and "10 of 10 pings" in found["b: round trip"].found
+
+
+def test_an_answer_that_comes_late_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_for: list[bytes] = []
+
+    def reply(body: bytes) -> list[tuple[str, bytes]]:
+        """The answer to the first ping comes together with the one to the third."""
+        asked_for.append(body)
+        first = [answer_to(asked_for[0])] if len(asked_for) == 3 else []
+        return [("b", frame) for frame in (*first, *([] if len(asked_for) == 1 else [answer_to(body)]))]
+
+    found = asked(reply, monkeypatch)
+    assert {check.status for check in found.values()} == {"ok"} and len(found) == 4
+    assert len(asked_for) == 2 + 10 + 8
 
 
 def test_chunks_that_come_back_changed_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -476,6 +490,93 @@ def test_the_management_api_is_asked_as_who_the_url_says() -> None:
     assert "p@ss" not in repr(found)
     other = ManagementApi.from_url("http://127.0.0.1:1234/api", plain(1, "me", "mine"))
     assert (other.user, other.password, other.port, other.tls) == ("me", "mine", 1234, False)
+
+
+class Api:
+    """A management API that says what a test wants, once for each call; `asked` is what it was asked."""
+
+    def __init__(self, *answers: bytes) -> None:
+        self.answers, self.asked = list(answers), list[bytes]()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        for answer in self.answers:
+            with self._listener.accept()[0] as line:
+                self.asked.append(line.recv(65536))
+                line.sendall(answer)
+
+    def close(self) -> None:
+        self._thread.join(10)
+        self._listener.close()
+        assert not self._thread.is_alive()
+
+
+def http(body: bytes, status: str = "200 OK", *headers: str) -> bytes:
+    lines = [f"HTTP/1.1 {status}", f"content-length: {len(body)}", "connection: close", *headers, "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+def nodes_of(answer: bytes, clock: Callable[[], float] = lambda: 0.0) -> tuple[Nodes, list[bytes]]:
+    api = Api(answer)
+    try:
+        asked_as = ManagementApi.from_url(f"http://monitor:geheim@127.0.0.1:{api.port}", plain(1))
+        return read_nodes(asked_as, plain(1), seconds=SECONDS, clock=clock), api.asked
+    finally:
+        api.close()
+
+
+ONE = b'[{"name": "n1", "running": true, "enabled_plugins": ["rabbitmq_federation", "rabbitmq_shovel"]'
+
+
+@pytest.mark.parametrize(
+    ("rest", "plugins", "alarms"),
+    [
+        (b"}]", {"rabbitmq_federation", "rabbitmq_shovel"}, ()),
+        (b', "mem_alarm": true, "disk_free_alarm": false}]', None, ("memory at n1",)),
+        (b'}, {"name": "n2", "enabled_plugins": ["rabbitmq_shovel"]}]', {"rabbitmq_shovel"}, ()),
+        (b'}, {"name": "n2"}]', "unknown", ()),
+        (b'}, {"name": "n2", "running": false}]', {"rabbitmq_federation", "rabbitmq_shovel"}, ("n2 does not run",)),
+    ],
+)
+def test_what_all_nodes_have_and_any_node_lacks(rest: bytes, plugins: Any, alarms: tuple[str, ...]) -> None:
+    found, (request,) = nodes_of(http(ONE + rest, "200 OK", "date: Thu, 01 Jan 1970 00:01:00 GMT"), lambda: 59.0)
+    assert not found.fault and found.alarms == alarms and found.skew == 1.5
+    if plugins == "unknown":
+        assert found.plugins is None
+    elif plugins is not None:
+        assert found.plugins == plugins
+    assert request.startswith(b"GET /api/nodes ") and b"geheim" not in request  # base64 of it
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (b"", "does not answer"),
+        (b"AMQP\x00\x00\x09\x01", "does not answer"),
+        (http(b"no JSON"), "does not answer"),
+        (http(b"[" * 100_000), "does not answer"),
+        (http(b'{"a": 1}'), "lists no node"),
+        (http(b"[1, null]"), "lists no node"),
+        (http(b"[]", "200 OK", "date: yesterday"), "does not answer"),
+        (http(b"", "302 Found", "location: http://127.0.0.1:1/"), "says 302"),
+        (http(b"", "500 Oh"), "says 500"),
+    ],
+)
+def test_an_api_that_talks_nonsense_is_a_fault_and_no_crash(answer: bytes, words: str) -> None:
+    found, asked_for = nodes_of(answer)
+    assert words in found.fault and "geheim" not in found.fault and len(asked_for) == 1
+    assert check_plugins(found, linked=True).status == "not checked"
+
+
+def test_a_roster_s_parties_are_named_when_nothing_can_be_asked(closed_port: int) -> None:
+    me = Membership("a", ANSWERER, {**PINS, "c": Identity(bytes(32)).public}, ROSTER, VERSION)
+    report = examine(patient(plain(closed_port), "a", me=me))
+    assert [check.name for check in report.checks] == ["identity", *CHECKS, "b: answers", "c: answers"]
+    found = by_name(report)
+    assert found["identity"].status == "failed" and found["b: answers"].status == "not checked"
 
 
 @pytest.mark.slow
@@ -736,7 +837,7 @@ def test_what_waits_for_the_service_is_left_for_it(place: Granted) -> None:
         assert look(place, seconds=5.0)[f"{B}: answers"].status == "ok"
         assert reader.consumers(control_inbox(B)) == 1
     assert reader.consume(control_inbox(B)) is None
-    bodies = []
+    bodies: list[bytes] = []
     while len(bodies) < 3 and (delivery := reader.receive(SECONDS)) is not None:
         bodies.append(bytes(delivery.body))
         reader.ack(delivery)
@@ -771,7 +872,7 @@ def test_an_inbox_that_is_deleted_ends_the_answering(place: Granted) -> None:
             party=B,
             seconds=SECONDS,
             going=lambda: True,
-            ready=lambda: probe.delete_inbox(control_inbox(B)),
+            ready=lambda: None if probe.delete_inbox(control_inbox(B)) is None else pytest.fail("it stays"),
         )
     probe.close()
     assert "deleted" in caught.value.hint
@@ -833,6 +934,33 @@ def test_a_no_leaves_the_probe_usable(place: Granted) -> None:
     assert (probe.facts.product, probe.facts.heartbeat, probe.blocked) == ("RabbitMQ", 30, "")
     probe.close()
     probe.close()
+
+
+@pytest.mark.slow
+def test_looking_into_an_inbox_takes_nothing_out_of_it(place: Granted) -> None:
+    sender, reader = BrokerProbe(place.address(A)), BrokerProbe(place.address(B))
+    assert sender.publish(exchange_of(A), control_key(B), b"work") is None
+    assert reader.look_into(control_inbox(B)) is None
+    assert reader.consumers(control_inbox(B)) == 0
+    assert reader.consume(control_inbox(B)) is None
+    delivery = reader.receive(SECONDS)
+    assert delivery is not None and (delivery.sender, bytes(delivery.body)) == (A, b"work")
+    reader.ack(delivery)
+    assert reader.receive(0.01) is None
+    assert isinstance(reader.consumers("missing"), Refusal)
+    for probe in (sender, reader):
+        probe.close()
+        with pytest.raises(BrokerLost):
+            probe.exchange_is_there(exchange_of(A))
+
+
+@pytest.mark.slow
+def test_a_ping_to_a_silent_party_is_gone_when_its_time_is_over(place: Granted) -> None:
+    look(place, seconds=SILENT)
+    reader = BrokerProbe(place.address(C))
+    assert reader.consume(control_inbox(C)) is None
+    assert reader.receive(SILENT) is None
+    reader.close()
 
 
 # --- a broker for each party -------------------------------------------------------------------------------------

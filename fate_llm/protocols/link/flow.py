@@ -73,6 +73,10 @@ class Outflow:
         """What goes again when the receiver lacks chunks of those up to `sent`: all it has not reported, in order."""
         return [kept.position for kept in self._kept if received < kept.number <= sent]
 
+    def holds(self, position: Position) -> bool:
+        """Whether the chunk kept there has not been reported since."""
+        return bool(self._kept) and self._kept[0].position <= position
+
     def probe_due(self, now: float) -> bool:
         """Whether it is time to ask."""
         since = self._quiet_since if self._probed is None else max(self._quiet_since, self._probed)

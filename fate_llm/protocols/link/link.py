@@ -19,6 +19,7 @@ Rules:
 from __future__ import annotations
 
 import contextlib
+import queue
 import threading
 import time
 from collections import deque
@@ -44,6 +45,7 @@ from fate_llm.security.identity import Identity, PublicIdentity
 
 from .flow import Verdict
 from .frames import CHUNK, HEADER, LARGEST, Header, Kind, Report, ReportKind, read_header
+from .journal import Position
 from .peer import Message, Peer, cut
 from .session import Session
 
@@ -135,6 +137,8 @@ class SecureLink:
         self._broken: FateError | None = None
         self._closing = False
         self._ending = threading.Lock()
+        self._again: queue.SimpleQueue[tuple[Peer, list[Position]] | None] = queue.SimpleQueue()
+        self._resender: threading.Thread | None = None
         now = clock()
         self._started = self._greeted = now
         with contextlib.ExitStack() as undo:  # a journal that does not open: nothing stays locked
@@ -298,6 +302,9 @@ class SecureLink:
         self._transport.close(finished=finished)
         if threading.current_thread() is not self._pump:
             self._pump.join()
+        self._again.put(None)
+        if self._resender is not None:
+            self._resender.join()
         with self._changed:
             self._broken = self._broken or TransportClosed(f"the link of {self.party} is closed")
             self._changed.notify_all()
@@ -465,7 +472,7 @@ class SecureLink:
         now = self._clock()
         self._alive(peer, report.received)
         if report.kind is ReportKind.PROBE:
-            missing = peer.inflow.received < report.sent
+            missing = peer.inflow.received < report.sent  # of what was sent before the probe
             self._tell(peer, ReportKind.ASK if missing else ReportKind.ANSWER, sent=report.sent)
         elif report.kind in (ReportKind.ASK, ReportKind.ANSWER):
             with self._changed:
@@ -490,9 +497,31 @@ class SecureLink:
             self._gone(
                 peer, MessageLost.code, "has lost chunks that it had reported as received: its journal is damaged"
             )
-        for position in positions:
-            self.counters[peer.name].chunks_sent_again += 1
-            self._transport.send(peer.name, [peer.kept(position)])
+        with self._changed:
+            peer.resending += len(positions)
+            if self._resender is None and positions:
+                self._resender = threading.Thread(target=self._run_again, name=f"link-again-{self.party}", daemon=True)
+                self._resender.start()
+        if positions:
+            self._again.put((peer, positions))
+
+    def _run_again(self) -> None:
+        """Sending again may have to wait for room on the way to one party; nobody else waits meanwhile."""
+        try:
+            while (order := self._again.get()) is not None:
+                peer, positions = order
+                for position in positions:
+                    with self._changed:
+                        peer.resending -= 1
+                        wanted = peer.outflow.holds(position) and peer.gone is None and not peer.left
+                    if wanted and self._broken is None:
+                        self.counters[peer.name].chunks_sent_again += 1
+                        self._transport.send(peer.name, [peer.kept(position)])
+        except FateError as error:
+            self._break(error)
+        # The boundary of a thread: whoever waits must see why nothing moves any more.
+        except Exception as error:
+            self._break(InternalError(f"the link stopped sending again: {type(error).__name__}: {error}"))
 
     def _alive(self, peer: Peer, received: int) -> None:
         """A frame of the party opened: it lives, and has come so far."""
@@ -537,7 +566,9 @@ class SecureLink:
         quiet = now - peer.heard
         if quiet > self._timing.silence:
             self._gone(peer, "silent", f"has given no sign of life for {quiet:.0f} s")
-        elif peer.outflow.probe_due(now) or (quiet > self._timing.keepalive < now - peer.asked):
+        elif (peer.outflow.probe_due(now) and not peer.resending) or (
+            quiet > self._timing.keepalive < now - peer.asked
+        ):
             self._tell(peer, ReportKind.PROBE)
         elif peer.report_due is not None and now >= peer.report_due:
             self._tell(peer, ReportKind.RECEIPT)
@@ -547,6 +578,7 @@ class SecureLink:
             self._transport.send(peer.name, [_AGREE, self._agreement.hello(peer.name)])
 
     def _tell(self, peer: Peer, kind: ReportKind, *, sent: int | None = None) -> None:
+        peer.sync()
         with self._changed:
             peer.unreported, peer.report_due = 0, None
             if kind is ReportKind.PROBE:

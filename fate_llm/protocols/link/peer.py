@@ -66,6 +66,8 @@ class Peer:
         self.heard = 0.0
         self.asked = 0.0
         self.unreported = 0  # bytes received since the last report
+        self.durable = 0  # the last chunk received that is on disk: only what is, is reported
+        self.resending = 0  # chunks about to be sent again
         self.report_due: float | None = None
         self.gone: str | None = None
         self.left = False
@@ -108,7 +110,7 @@ class Peer:
     def seal(self, plaintext: Buffer, message: int, size: int, offset: int) -> tuple[int, Position, bytearray]:
         """The next chunk: its number, where it is kept, and the frame. The caller holds `sending`."""
         number = self.outflow.sent + 1
-        received = self.inflow.received
+        received = self.durable
         header = Header(Kind.DATA, self._session(), self._epoch, number, message, size, offset, received).to_bytes()
         frame = bytearray(HEADER + len(plaintext) + TAG)
         frame[:HEADER] = header
@@ -120,7 +122,7 @@ class Peer:
     def report(self, kind: ReportKind, sent: int | None = None) -> bytes:
         """A sealed report of both directions. sent: instead of our own, what the probe said that this answers."""
         self._reports += 1
-        received = self.inflow.received
+        received = self.durable
         numbers = {"epoch": self._epoch, "number": self._reports, "received": received}
         header = Header(Kind.CONTROL, self._session(), **numbers).to_bytes()
         content = Report(kind, received, self.outflow.sent if sent is None else sent).to_bytes()
@@ -239,9 +241,12 @@ class Peer:
             self._acked = note
 
     def sync(self) -> None:
-        """What has been received survives a power cut."""
+        """What has been received survives a power cut, and may be reported."""
         with self._in_lock:
-            self._inbox.sync()
+            received = self.inflow.received
+            if received > self.durable:
+                self._inbox.sync()
+                self.durable = received
 
     # --- going on after a crash -----------------------------------------------------------------------------
 
@@ -264,6 +269,7 @@ class Peer:
                 chunks.append((read_header(record[1:]), position, record[1:]))
         message, last = max(notes, default=(0, 0))
         self.inflow.restore(last, message)
+        self.durable = last
         for header, position, frame in chunks:
             if header.number > last:
                 yield header, position, frame

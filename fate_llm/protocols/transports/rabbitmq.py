@@ -41,7 +41,14 @@ import pika.exceptions
 from pika.adapters.select_connection import SelectConnection
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
 
-from fate_llm.core.errors import BrokerLost, BrokerRefused, ConfigurationError, FateError, TransportClosed
+from fate_llm.core.errors import (
+    BrokerLost,
+    BrokerRefused,
+    ConfigurationError,
+    FateError,
+    InternalError,
+    TransportClosed,
+)
 from fate_llm.core.interfaces import Buffer, Delivery, Progress
 from fate_llm.core.names import nearest
 
@@ -429,6 +436,14 @@ class RabbitTransport:
     # --- the thread of the connection -----------------------------------------------------------------------
 
     def _serve(self) -> None:
+        try:
+            self._keep_connected()
+        # The boundary of the thread: nobody may wait for one that has ended.
+        except Exception as error:
+            self._disconnected()
+            self._fail(InternalError(f"the transport stopped: {type(error).__name__}: {error}"))
+
+    def _keep_connected(self) -> None:
         """Keep a connection until the transport is closed or gives up."""
         began = lost_at = time.monotonic()
         pause = 0.05
@@ -437,7 +452,7 @@ class RabbitTransport:
             patience = self._outage if before else self._meet
             try:
                 self._run_connection(lost_at + patience - time.monotonic())
-            # The boundary of a thread: whoever waits must see why nothing moves any more.
+            # The boundary to pika, which fails in many ways on what a broken line delivers: a connection has ended.
             except Exception as error:
                 self._reason = self._reason or error
             was_up = self._generation > before

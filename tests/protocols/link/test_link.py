@@ -30,7 +30,7 @@ from fate_llm.protocols.link import SecureLink, Timing
 from fate_llm.protocols.link.frames import HEADER, Header, Kind, ReportKind
 from fate_llm.protocols.link.journal import SegmentLog
 from fate_llm.protocols.transports.memory import Fault, FaultKind, MemoryTransport
-from tests.protocols.link.worlds import CHUNK, IDENTITIES, QUICK, Clock, World, crash, eventually, run_aside, take
+from tests.protocols.link.worlds import CHUNK, IDENTITIES, QUICK, SOON, Clock, World, crash, eventually, run_aside, take
 
 MakeWorld = Callable[..., World]
 AGREE, DATA, CONTROL = Kind.AGREE, Kind.DATA, Kind.CONTROL
@@ -250,6 +250,73 @@ def test_what_was_lost_goes_again_as_the_same_bytes_and_nothing_else(make_world:
     assert len(set(frames)) == 10
     assert frames.count(lost[0]) == 2
     assert 1 <= a.counters["b"].chunks_sent_again == len(frames) - 10 <= 2
+
+
+def test_a_full_way_to_one_party_holds_up_nobody_else(make_world: MakeWorld) -> None:
+    # Given a party to which chunks must go again, while there is no room on the way to it
+    world = make_world("abc")
+    room = threading.Event()
+
+    class Narrow(MemoryTransport):
+        def send(self, receiver: str, parts: Sequence[Buffer]) -> int:
+            if receiver == "b" and threading.current_thread().name == "link-again-a":
+                assert room.wait(SOON)
+            return super().send(receiver, parts)
+
+    a = world.link("a", transport=Narrow(world.network, "a"))
+    b, c = world.link("b"), world.link("c")
+    world.meet(a, b, c)
+    world.network.rule = lambda s, r, f: [] if (s, r, f[4]) == ("a", "b", DATA) else [(s, r, f)]
+    a.send("b", [bytes(5 * CHUNK)])
+    eventually(lambda: a._peers["b"].resending)
+    world.network.rule = None
+    # When others talk meanwhile, Then they are heard, and answered
+    a.send("c", [b"are you there"])
+    assert bytes(take(c).body) == b"are you there"
+    c.send("a", [b"still there"])
+    assert bytes(take(a).body) == b"still there"
+    a._tell(a._peers["b"], ReportKind.PROBE)
+    eventually(lambda: a._peers["b"].outflow.round_trip is not None)
+    # And when there is room, it all arrives
+    room.set()
+    assert len(take(b).body) == 5 * CHUNK
+    eventually(lambda: not a._peers["b"].resending)
+
+
+def test_what_was_reported_before_its_turn_to_go_again_does_not(world: World) -> None:
+    a, b = world.pair()
+    a.send("b", [bytes(3 * CHUNK)])
+    take(b)
+    assert a.flush()
+    positions = [(1, 0), (1, 200)]
+    with a._changed:
+        a._peers["b"].resending += 2
+    a._again.put((a._peers["b"], positions))
+    a._again.put(None)
+    a._run_again()
+    assert a.counters["b"].chunks_sent_again == 0
+    assert a._peers["b"].resending == 0
+
+
+def test_only_what_is_on_disk_is_reported(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given a receiver whose disk does not take anything yet
+    a, b = world.pair()
+    held = threading.Event()
+    original = SegmentLog.sync
+
+    def slow(self: SegmentLog) -> None:
+        assert held.wait(SOON)
+        original(self)
+
+    monkeypatch.setattr(SegmentLog, "sync", slow)
+    a.send("b", [b"precious"])
+    eventually(lambda: b._peers["a"].inflow.received == 1)
+    # Then nothing it says meanwhile claims that it has the message
+    b.send("a", [b"other news"])
+    take(a, ack=False)
+    assert a._peers["b"].outflow.waiting_bytes > 0
+    held.set()
+    eventually(lambda: a._peers["b"].outflow.waiting_bytes == 0)
 
 
 def test_a_message_is_kept_until_its_reader_acknowledges_in_any_order(world: World) -> None:
