@@ -332,6 +332,7 @@ class CutProxy:
         self._target = (host, target_port)
         self._lock = threading.Lock()
         self._pairs: list[_Pair] = []
+        self._seen: list[_Pair] = []
         self._threads: list[threading.Thread] = []
         self._closed = threading.Event()
         self._listener = socket.create_server((host, 0))
@@ -371,6 +372,9 @@ class CutProxy:
         for thread in self._threads:
             thread.join(10)
             assert not thread.is_alive()
+        for pair in self._seen:  # also what a cut has hidden from us
+            pair.client.close()
+            pair.server.close()
 
     def __enter__(self) -> CutProxy:
         return self
@@ -398,6 +402,7 @@ class CutProxy:
             pair = _Pair(client, server)
             with self._lock:
                 self._pairs.append(pair)
+                self._seen.append(pair)
             self._run(self._pump, pair, "up")
             self._run(self._pump, pair, "down")
 
@@ -433,10 +438,10 @@ class CutProxy:
         if not block:
             sink.shutdown(socket.SHUT_WR)
         rest = memoryview(block)
+        self.forwarded[name] += len(block)
         while rest and not self._closed.is_set():
             if select.select([], [sink], [], TICK)[1]:
                 rest = rest[sink.send(rest) :]
-        self.forwarded[name] += len(block)
         return bool(block)
 
     def _end(self, pair: _Pair) -> None:

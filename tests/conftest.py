@@ -12,7 +12,17 @@ from fate_llm.core.values import Cohort
 from fate_llm.protocols.channel import JobChannel
 from fate_llm.protocols.transports.memory import Fault, MemoryNetwork
 
+BROKERS = {"broker", "fresh_broker", "cluster", "tls_broker"}  # fixtures that start nodes
 PATIENCE = 20.0  # seconds until a test that hangs is called so; no test waits for it when all is well
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs a real broker is not part of the fast tier; nor is what a parameter of that name stands for."""
+    for item in items:
+        names = set(getattr(item, "fixturenames", ()))
+        over_a_broker = "rabbitmq" in item.name.partition("[")[2]
+        if names & BROKERS or over_a_broker:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

@@ -116,8 +116,7 @@ class Transport(Protocol):
     def send(self, receiver: str, parts: Sequence[Buffer]) -> int:
         """Take over one frame (the parts, joined) for `receiver`; returns its bytes.
 
-        Waits while too much is under way to that receiver. The parts may be written to again afterwards, unless the
-        caller gives its only reference away.
+        Waits while too much is under way to that receiver. The parts may be written to again afterwards.
         """
         ...
 

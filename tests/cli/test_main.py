@@ -14,7 +14,7 @@ from fate_llm.cli import commands
 from fate_llm.cli.main import main
 from tests.cli.conftest import Run, only_error, python
 
-COMMANDS = ["components", "plan", "predict", "schema", "submit", "validate"]
+COMMANDS = ["components", "doctor", "federation", "plan", "predict", "schema", "submit", "validate"]
 
 
 def test_its_commands_are_the_files_of_the_folder() -> None:

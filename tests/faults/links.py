@@ -24,7 +24,7 @@ from tests.brokers import CutProxy, leftovers
 __all__ = [
     "MIB",
     "QUICK",
-    "Line",
+    "CutProxy",
     "Pair",
     "Timing",
     "connect",
@@ -38,24 +38,6 @@ __all__ = [
 
 MIB = 1024 * 1024
 QUICK = Timing(meet=30.0, silence=60.0, keepalive=2.0, probe=0.5, report=0.05, linger=10.0)
-
-
-class Line(CutProxy):
-    """A proxy that closes, at its end, also what a cut has hidden from it."""
-
-    def __init__(self, target_port: int) -> None:
-        self._seen: list[Any] = []
-        super().__init__(target_port)
-
-    def _run(self, work: Callable[..., None], *arguments: Any) -> None:
-        self._seen += arguments[:1]
-        super()._run(work, *arguments)
-
-    def close(self) -> None:
-        super().close()
-        for pair in self._seen:
-            pair.client.close()
-            pair.server.close()
 
 
 def until(holds: Callable[[], object], seconds: float, why: Callable[[], str] = lambda: "it never came true") -> None:

@@ -11,7 +11,7 @@ from fate_llm.core.errors import BrokerLost
 from fate_llm.runtime.broker import BrokerNode
 from tests.brokers import leftovers
 
-from .links import MIB, Line, Pair, Timing, content, digest, loopback, nothing_on, start, until
+from .links import MIB, CutProxy, Pair, Timing, content, digest, loopback, nothing_on, start, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 CHUNK = 2 * MIB
@@ -106,7 +106,7 @@ def test_an_alarm_blocks_and_passes(
     node: BrokerNode, pairs: Callable[..., Pair], alarm: Callable[[str, bool], None], kind: str
 ) -> None:
     # Given parties that call a silent peer gone after three seconds
-    with Line(node.port) as proxy:
+    with CutProxy(node.port) as proxy:
         timing = Timing(meet=30.0, silence=3.0, keepalive=1.0, probe=0.5, report=0.05, linger=10.0)
         pair = pairs(loopback(node.url(), port=proxy.port, heartbeat=1), loopback(node.url()), timing=timing)
         body = content(2, 64 * MIB)

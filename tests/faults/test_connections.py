@@ -11,18 +11,18 @@ import pytest
 from fate_llm.core.errors import BrokerLost
 from fate_llm.runtime.broker import BrokerNode
 
-from .links import MIB, Line, Pair, content, digest, loopback, nothing_on, start, until
+from .links import MIB, CutProxy, Pair, content, digest, loopback, nothing_on, start, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 HEARTBEAT = 1  # seconds; a client looks every 5 s more than that, so that silence is seen after at most twice 6 s
 CUTS = {"up": {"down": False}, "down": {"up": False}, "both": {}}
 
 
-def through(proxy: Line, broker: BrokerNode, vhost: str) -> str:
+def through(proxy: CutProxy, broker: BrokerNode, vhost: str) -> str:
     return loopback(broker.url(vhost=vhost), port=proxy.port, heartbeat=HEARTBEAT)
 
 
-def cut_and_heal(pair: Pair, proxy: Line, sides: dict[str, bool]) -> None:
+def cut_and_heal(pair: Pair, proxy: CutProxy, sides: dict[str, bool]) -> None:
     """a's connection falls silent in the middle of a transfer each way, until a has found out; then it is mended."""
     bodies = {"a": content(3, 24 * MIB), "b": content(4, 8 * MIB)}
     proxy.bandwidth = 8 * MIB
@@ -46,7 +46,7 @@ def cut_and_heal(pair: Pair, proxy: Line, sides: dict[str, bool]) -> None:
 def test_a_silent_cut_of_either_direction_or_both_is_survived(
     broker: BrokerNode, vhost: str, pairs: Callable[..., Pair]
 ) -> None:
-    proxies = {name: Line(broker.port) for name in CUTS}
+    proxies = {name: CutProxy(broker.port) for name in CUTS}
     try:
         made = {name: pairs(through(proxies[name], broker, vhost), loopback(broker.url(vhost=vhost))) for name in CUTS}
         with ThreadPoolExecutor() as pool:
@@ -73,7 +73,7 @@ def test_a_cut_for_good_ends_with_broker_lost_in_time(
     broker: BrokerNode, vhost: str, pairs: Callable[..., Pair]
 ) -> None:
     outage = 3.0
-    with Line(broker.port) as proxy:
+    with CutProxy(broker.port) as proxy:
         pair = pairs(through(proxy, broker, vhost), loopback(broker.url(vhost=vhost)), outage=outage)
         pair.echo()
         proxy.cut()
@@ -96,7 +96,7 @@ def test_a_cut_for_good_ends_with_broker_lost_in_time(
 def test_closing_while_the_connection_is_silent_is_bounded(
     broker: BrokerNode, vhost: str, pairs: Callable[..., Pair]
 ) -> None:
-    with Line(broker.port) as proxy:
+    with CutProxy(broker.port) as proxy:
         url = loopback(broker.url(vhost=vhost), port=proxy.port, heartbeat=30)
         pair = pairs(url, loopback(broker.url(vhost=vhost)))
         pair.echo()
@@ -114,7 +114,7 @@ def test_connections_closed_by_an_operator_lose_nothing_and_nothing_is_applied_t
     broker: BrokerNode, vhost: str, pairs: Callable[..., Pair]
 ) -> None:
     # Given many messages on their way over a slow line, so that some are unconfirmed at any time
-    with Line(broker.port) as proxy:
+    with CutProxy(broker.port) as proxy:
         proxy.bandwidth = 16 * MIB
         pair = pairs(loopback(broker.url(vhost=vhost), port=proxy.port))
         bodies = [content(seed, MIB + seed) for seed in range(48)]
@@ -147,7 +147,7 @@ def test_connections_closed_by_an_operator_lose_nothing_and_nothing_is_applied_t
 def test_a_reset_of_every_connection_repeats_frames_and_none_is_applied_twice(
     broker: BrokerNode, vhost: str, pairs: Callable[..., Pair]
 ) -> None:
-    with Line(broker.port) as proxy:
+    with CutProxy(broker.port) as proxy:
         pair = pairs(loopback(broker.url(vhost=vhost), port=proxy.port))
         body = content(9, 48 * MIB)
         proxy.delay = 0.2  # confirms are on the line when it breaks: what they were for goes again

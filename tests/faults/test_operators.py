@@ -17,7 +17,7 @@ from fate_llm.protocols.link.frames import CHUNK, HEADER, TAG, Header, Kind, rea
 from fate_llm.runtime.broker import BrokerNode
 from tests.brokers import admin
 
-from .links import MIB, Line, Pair, Timing, content, digest, loopback, nothing_on, start, until
+from .links import MIB, CutProxy, Pair, Timing, content, digest, loopback, nothing_on, start, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -30,7 +30,7 @@ def test_an_inbox_deleted_with_frames_in_it_and_while_a_transfer_runs(
     broker: BrokerNode, vhost: str, pairs: Callable[..., Pair]
 ) -> None:
     # Given a receiver that is slow to fetch, so that its inbox holds confirmed frames
-    with Line(broker.port) as line:
+    with CutProxy(broker.port) as line:
         pair = pairs(loopback(broker.url(vhost=vhost)), loopback(broker.url(vhost=vhost), port=line.port))
         body = content(6, 64 * MIB)
         line.bandwidth = 6 * MIB

@@ -26,7 +26,7 @@ from fate_llm.protocols.transports.rabbitmq import BrokerAddress, RabbitTranspor
 from fate_llm.runtime.broker import BrokerNode, TlsFiles, free_port
 from tests.brokers import admin, node_folder, require_rabbitmq
 
-from .links import Line, loopback, nothing_on, start
+from .links import CutProxy, loopback, nothing_on, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 SECRET = "correct-horse-battery"
@@ -161,7 +161,7 @@ def test_nobody_listens(broker: BrokerNode) -> None:
 
 
 def test_somebody_listens_and_says_nothing(broker: BrokerNode) -> None:
-    with Line(broker.port) as proxy:
+    with CutProxy(broker.port) as proxy:
         proxy.cut()
         url = f"amqp://a:{SECRET}@127.0.0.1:{proxy.port}/v?plaintext=loopback"
         error = refused(url, BrokerLost, meet=2.0)
@@ -330,7 +330,7 @@ def test_an_expired_certificate(tmp_path: Path) -> None:
 
 def test_a_tls_connection_that_is_cut_comes_back(tls: Tls) -> None:
     """An end of the stream in the middle of TLS is no refusal."""
-    with Line(tls.node.tls_port) as proxy:
+    with CutProxy(tls.node.tls_port) as proxy:
         transport = RabbitTransport(
             BrokerAddress.from_url(tls.url(port=proxy.port)), party="a", members=("a",), job="j", outage=20.0
         )

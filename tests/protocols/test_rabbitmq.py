@@ -340,6 +340,20 @@ def test_what_is_not_acknowledged_comes_again_marked(connect: Connect) -> None:
     assert bytes(take(again)[0].body) == b"three"
 
 
+def test_an_acknowledgement_from_before_a_reconnect_acknowledges_nothing_after_it(
+    broker: BrokerNode, vhost: str, connect: Connect
+) -> None:
+    b = connect("b", prefetch=1)
+    connect("a").send("b", [b"one"])
+    old = take(b, ack=False)[0]
+    broker.ctl("close_all_connections", "--vhost", vhost, "a test")
+    again = take(b, ack=False)[0]
+    assert (bytes(again.body), again.redelivered, b.counters.reconnects) == (b"one", True, 1)
+    b.ack(old)  # had the same number on the connection that is gone
+    b.close()
+    assert [bytes(d.body) for d in take(connect("b"))] == [b"one"]
+
+
 def test_a_frame_past_the_exchanges_has_no_sender(broker: BrokerNode, vhost: str, connect: Connect) -> None:
     b = connect("b")
     with pika.BlockingConnection(pika.URLParameters(broker.url(vhost=vhost))) as connection:

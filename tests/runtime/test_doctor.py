@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from fate_llm.core.errors import BadEnvelope, BadSignature, BrokerLost, ConfigurationError, FederationError
 from fate_llm.core.interfaces import Delivery
-from fate_llm.protocols.broker_layout import control_inbox, control_key, exchange_of
+from fate_llm.protocols.broker_layout import control_inbox, control_key, exchange_of, job_inbox, job_key
 from fate_llm.protocols.transports.rabbitmq import BrokerAddress, BrokerFacts, BrokerProbe, Refusal
 from fate_llm.runtime.broker import BrokerNode
 from fate_llm.runtime.doctor import CHECKS, Patient, examine
@@ -253,8 +253,9 @@ class Line:
     def __init__(self, reply: Callable[[bytes], list[tuple[str, bytes]]]) -> None:
         self.reply, self.waiting = reply, list[tuple[str, bytes]]()
 
-    def publish(self, _exchange: str, key: str, body: bytes, **_: Any) -> None:
+    def publish(self, _exchange: str, key: str, body: bytes, *, expires: float) -> None:
         assert key == "b/control"
+        assert SILENT <= expires <= 4 * SILENT  # a ping waits for nobody longer than its asker does
         self.waiting += self.reply(body)
 
     send = publish
@@ -955,12 +956,19 @@ def test_looking_into_an_inbox_takes_nothing_out_of_it(place: Granted) -> None:
 
 
 @pytest.mark.slow
-def test_a_ping_to_a_silent_party_is_gone_when_its_time_is_over(place: Granted) -> None:
-    look(place, seconds=SILENT)
-    reader = BrokerProbe(place.address(C))
-    assert reader.consume(control_inbox(C)) is None
-    assert reader.receive(SILENT) is None
+def test_a_message_that_waited_too_long_is_gone(place: Granted) -> None:
+    sender, reader = BrokerProbe(place.address(A)), BrokerProbe(place.address(A))
+    inbox, key = job_inbox(A, "waits"), job_key(A, "waits")
+    assert sender.make_inbox(inbox, expires=SECONDS) is None and sender.bind(inbox, exchange_of(A), key) is None
+    assert sender.publish(exchange_of(A), key, b"short", expires=0.2) is None
+    assert sender.publish(exchange_of(A), key, b"long", expires=600) is None
+    time.sleep(1)
+    assert reader.consume(inbox) is None
+    delivery = reader.receive(SECONDS)
     reader.close()
+    assert sender.delete_inbox(inbox) is None
+    sender.close()
+    assert delivery is not None and bytes(delivery.body) == b"long"
 
 
 # --- a broker for each party -------------------------------------------------------------------------------------

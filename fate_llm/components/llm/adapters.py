@@ -173,9 +173,19 @@ def save_model(model: Any, folder: Path, tokenizer: Any) -> None:
     if hasattr(model, "peft_config"):
         model.save_pretrained(str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # an empty form that peft leaves behind
+        _sort_config(folder / "adapter_config.json")
     else:
         model.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
+
+
+def _sort_config(path: Path) -> None:
+    """The same settings, the same bytes: peft writes sets in the order of this process's hashes."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("target_modules", "modules_to_save", "exclude_modules"):
+        if isinstance(config.get(name), list):
+            config[name].sort()
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def write_about(

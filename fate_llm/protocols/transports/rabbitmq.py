@@ -230,11 +230,11 @@ class _Lane:
     """Frames to one receiver: waiting, and published but not confirmed (by delivery tag, in order)."""
 
     def __init__(self) -> None:
-        self.waiting: deque[bytes | bytearray] = deque()
-        self.flying: dict[int, bytes | bytearray] = {}
+        self.waiting: deque[bytes] = deque()
+        self.flying: dict[int, bytes] = {}
         self.bytes = 0
         self.proven = False  # a frame has been taken by an inbox on this connection
-        self.returned: dict[int, bytes | bytearray] = {}  # by delivery tag; not taken, to be tried again after a pause
+        self.returned: dict[int, bytes] = {}  # by delivery tag; not taken, to be tried again after a pause
         self.pause = 0.0
         self.retry_planned = False
         self.forgotten = False  # the receiver has left
@@ -326,7 +326,7 @@ class RabbitTransport:
         if lane is None:
             raise ConfigurationError(f"{receiver} is not a party of job {self._job}")
         single = parts[0] if len(parts) == 1 else None
-        body = single if isinstance(single, bytes) else b"".join(parts)
+        body = single if isinstance(single, bytes) else b"".join(parts)  # pika takes nothing else
         size = len(body)
         with self._changed:
             self._changed.wait_for(lambda: lane.bytes < self._window or size <= _SMALL or self._over())
