@@ -65,7 +65,9 @@ unit: $(VENV)/.dev
 
 slow: $(VENV)/.dev
 	@echo "== tests with the real model and with processes"
-	@$(BIN)/python -m pytest -m slow --durations=10
+	@$(BIN)/python -m pytest -m 'slow and not broker' --durations=10
+	@echo "== tests with real brokers, several at once: they wait more than they compute"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m broker --numprocesses 3 --dist loadfile --durations=10
 
 docs: $(VENV)/.train  ## write the reference part of the manual anew
 	@$(BIN)/python -m fate_llm.cli.manual docs/reference

@@ -46,6 +46,8 @@ _PACKAGES = (
     "transformers",
     "peft",
     "accelerate",
+    "pika",
+    "cryptography",
     "flwr",
     "ray",
 )

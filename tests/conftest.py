@@ -16,13 +16,17 @@ BROKERS = {"broker", "fresh_broker", "cluster", "tls_broker"}  # fixtures that s
 PATIENCE = 20.0  # seconds until a test that hangs is called so; no test waits for it when all is well
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
     """What needs a real broker is not part of the fast tier; nor is what a parameter of that name stands for."""
     for item in items:
         names = set(getattr(item, "fixturenames", ()))
         over_a_broker = "rabbitmq" in item.name.partition("[")[2]
         if names & BROKERS or over_a_broker:
             item.add_marker(pytest.mark.slow)
+        slow = item.get_closest_marker("slow") is not None
+        of_brokers = any(getattr(value, "__module__", "") == "tests.brokers" for value in vars(item.module).values())
+        if slow and (names & BROKERS or over_a_broker or of_brokers or item.path.parent.name == "faults"):
+            item.add_marker(pytest.mark.broker)
 
 
 @pytest.fixture
