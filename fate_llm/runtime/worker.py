@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import threading
 import time
@@ -100,6 +101,7 @@ def work(order: Mapping[str, Any], commands: IO[str], say: Say) -> dict[str, Any
     run = PartyRun(setting, assignments(spec, base)[party], order["finished"])
     run.run()
     channel.close(finished=True)
+    shutil.rmtree(folder.path / "link", ignore_errors=True)  # only empty folders are left of the journal
     keep[0]()
     return {
         "error": None if run.error is None else run.error.as_dict(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import subprocess
@@ -139,11 +140,11 @@ class TestCtrlC:
             text=True,
             env=environment(package),
         )
-        # Given a job in which a party waits for what never comes
+        # Given a job in which every data owner waits for what never comes
         progress = process.stderr if as_json else process.stdout
         assert progress is not None
-        line = next((line for line in progress if line.rstrip().endswith("waiting")), None)
-        assert line is not None, process.communicate()
+        waiting = list(itertools.islice((line for line in progress if line.rstrip().endswith("waiting")), 3))
+        assert len(waiting) == 3, process.communicate()
         # When somebody presses Ctrl-C
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
