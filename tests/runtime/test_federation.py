@@ -27,7 +27,9 @@ from fate_llm.runtime.federation import (
 )
 from fate_llm.security.identity import Identity
 
-KEYS = {party: Identity.generate() for party in ("bank-a", "bank-b", "bank-c")}
+KEYS = {
+    party: Identity.from_bytes(bytes([at]) * 32) for at, party in enumerate(("bank-a", "bank-b", "bank-c"), start=1)
+}
 
 
 def roster(topology: str = "shared", **changes: Any) -> dict[str, Any]:
