@@ -17,7 +17,7 @@ import fate_llm.core
 
 ROOT = Path(fate_llm.core.__file__).parents[2]
 FOLDER = ROOT / "benchmarks"
-SCRIPTS = ("memory", "round_overhead", "simulation", "startup", "wire")
+SCRIPTS = ("encodings", "memory", "round_overhead", "simulation", "startup", "wire")
 
 
 def run(script: str, *words: str) -> str:
@@ -67,6 +67,12 @@ def test_bytes_of_a_round_stay_below_the_limit() -> None:
     """The one figure that no machine disturbs."""
     line = next(line for line in run("wire", "--quick").splitlines() if line.startswith("bytes on the wire"))
     assert line.endswith(" ok"), line
+
+
+def test_what_the_encodings_save_stays_within_its_limits() -> None:
+    lines = [line for line in run("encodings", "--quick").splitlines() if line.startswith("bytes of noise")]
+    assert len(lines) == 3
+    assert all(line.endswith(" ok") for line in lines), lines
 
 
 def test_startup_runs_and_imports_nothing_heavy() -> None:
