@@ -17,7 +17,7 @@ import fate_llm.core
 
 ROOT = Path(fate_llm.core.__file__).parents[2]
 FOLDER = ROOT / "benchmarks"
-SCRIPTS = ("encodings", "memory", "round_overhead", "simulation", "startup", "wire")
+SCRIPTS = ("memory", "round_overhead", "simulation", "smaller_messages", "startup", "wire")
 
 
 def run(script: str, *words: str) -> str:
@@ -70,7 +70,7 @@ def test_bytes_of_a_round_stay_below_the_limit() -> None:
 
 
 def test_what_the_encodings_save_stays_within_its_limits() -> None:
-    lines = [line for line in run("encodings", "--quick").splitlines() if line.startswith("bytes of noise")]
+    lines = [line for line in run("smaller_messages", "--quick").splitlines() if line.startswith("bytes of noise")]
     assert len(lines) == 3
     assert all(line.endswith(" ok") for line in lines), lines
 

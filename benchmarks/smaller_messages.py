@@ -77,7 +77,7 @@ def main() -> int:
         Ratio(f"bytes of noise with {name} over float32", details["noise"][name]["bytes"], limit)
         for name, limit in (("bf16", 0.51), ("int8", 0.26), ("zstd", 1.0))
     ]
-    return finish(options, "encodings", ratios, {**details, "repeats": options.repeats})
+    return finish(options, "smaller_messages", ratios, {**details, "repeats": options.repeats})
 
 
 if __name__ == "__main__":
