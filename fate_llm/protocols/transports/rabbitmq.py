@@ -67,6 +67,7 @@ __all__ = [
 ]
 
 _RECEIVE_BYTES = 256 * 1024  # pika reads 4096 bytes at a time, which makes large messages slow
+_TIDYING = 5.0  # seconds that a broker may take to answer when inboxes of the dead are removed
 _SMALL = 4096  # bytes of a frame that never waits: reports must not, or one full lane would hold up all others
 _FAREWELL = 3.0  # seconds for the broker to answer at the end
 _SETUP = 20.0  # seconds for the broker to make our inbox
@@ -400,38 +401,17 @@ class RabbitTransport:
 
     def _prepare(self) -> None:
         """Log in once, plainly, so that what is wrong is said at once; make exchanges where that is allowed."""
-        until = time.monotonic() + self._meet
-        pause = 0.1
-        while True:
-            try:
-                self._check_layout(until - time.monotonic())
-            except _FAILURES as error:
-                refused = _refusal(error, self._address)
-                if refused is not None:
-                    raise refused from None
-                if time.monotonic() >= until:
-                    text = f"the broker {self._address} cannot be reached: {_words(error)}"
-                    raise BrokerLost(text) from None
-            else:
-                return
-            self._attempt += 1
-            time.sleep(pause)
-            pause = min(2 * pause, 2.0)
+        self._attempt = _with_login(self._address, self._meet, self._check_layout)
 
-    def _check_layout(self, limit: float) -> None:
-        connection = pika.BlockingConnection(self._address.parameters(self._attempt, limit=max(limit, 1.0)))
-        try:
-            for member in self._members:
-                name = exchange_of(member)
-                try:
-                    connection.channel().exchange_declare(name, passive=True)
-                except pika.exceptions.ChannelClosedByBroker as error:
-                    if error.reply_code != 404:
-                        raise
-                    _make_exchange(connection, name, member)
-        finally:
-            if connection.is_open:
-                connection.close()
+    def _check_layout(self, connection: pika.BlockingConnection) -> None:
+        for member in self._members:
+            name = exchange_of(member)
+            try:
+                connection.channel().exchange_declare(name, passive=True)
+            except pika.exceptions.ChannelClosedByBroker as error:
+                if error.reply_code != 404:
+                    raise
+                _make_exchange(connection, name, member)
 
     # --- the thread of the connection -----------------------------------------------------------------------
 
@@ -710,19 +690,7 @@ def log_in(address: BrokerAddress, *, patience: float) -> None:
     Raises:
         BrokerLost, BrokerRefused: it is not, or does not.
     """
-    until = time.monotonic() + patience
-    for attempt in itertools.count():
-        try:
-            pika.BlockingConnection(address.parameters(attempt, limit=max(until - time.monotonic(), 1.0))).close()
-        except _FAILURES as error:
-            refused = _refusal(error, address)
-            if refused is not None:
-                raise refused from None
-            if time.monotonic() >= until:
-                raise BrokerLost(f"the broker {address} cannot be reached: {_words(error)}") from None
-            time.sleep(0.5)
-        else:
-            return
+    _with_login(address, patience, lambda _connection: None)
 
 
 def delete_inboxes(address: BrokerAddress, parties: Sequence[str], job: str) -> None:
@@ -731,17 +699,42 @@ def delete_inboxes(address: BrokerAddress, parties: Sequence[str], job: str) -> 
     Raises:
         BrokerLost, BrokerRefused: the broker is away, or does not allow it.
     """
-    try:
-        connection = pika.BlockingConnection(address.parameters())
+
+    def delete(connection: pika.BlockingConnection) -> None:
+        for party in parties:
+            connection.channel().queue_delete(job_inbox(party, job))
+
+    _with_login(address, _TIDYING, delete)
+
+
+def _with_login(address: BrokerAddress, patience: float, work: Callable[[pika.BlockingConnection], None]) -> int:
+    """Do some work on a connection of its own; how often it had to be begun again.
+
+    patience: seconds in which a broker that does not answer, or breaks off, is tried again, node by node.
+
+    Raises:
+        BrokerLost, BrokerRefused: it stays away, or says no.
+    """
+    until = time.monotonic() + patience
+    pause = 0.1
+    for attempt in itertools.count():
         try:
-            for party in parties:
-                connection.channel().queue_delete(job_inbox(party, job))
-        finally:
-            if connection.is_open:
-                connection.close()
-    except _FAILURES as error:
-        lost = BrokerLost(f"the broker {address} cannot be reached: {_words(error)}")
-        raise _refusal(error, address) or lost from None
+            connection = pika.BlockingConnection(address.parameters(attempt, limit=max(until - time.monotonic(), 1.0)))
+            try:
+                work(connection)
+            finally:
+                if connection.is_open:
+                    connection.close()
+            return attempt
+        except _FAILURES as error:
+            refused = _refusal(error, address)
+            if refused is not None:
+                raise refused from None
+            if time.monotonic() >= until:
+                raise BrokerLost(f"the broker {address} cannot be reached: {_words(error)}") from None
+        time.sleep(pause)
+        pause = min(2 * pause, 2.0)
+    raise AssertionError("unreachable")
 
 
 # --- pika's corners ---------------------------------------------------------------------------------------------
