@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -40,6 +41,7 @@ __all__ = [
     "Frozen",
     "HookStage",
     "Keep",
+    "Kept",
     "Layout",
     "PassThrough",
     "PlanView",
@@ -355,11 +357,34 @@ class ContributorRound(Protocol):
     def contribute(self, arrays: Arrays, *, weight: float, sums: Mapping[str, float] | None = None) -> RoundResult: ...
 
 
+@runtime_checkable
+class Kept(Protocol):
+    """Something that a party which was killed needs again as it was at the end of its last finished round."""
+
+    def save(self, folder: Path) -> None:
+        """Write all of it into `folder`, which exists and is empty."""
+        ...
+
+    def restore(self, folder: Path) -> None:
+        """Become what `save` wrote there; the folder stays as it is."""
+        ...
+
+
 class ContributorRounds(Protocol):
     """A contributor's rounds.
 
-    `start` agrees on the first global state; iterating yields the rounds that are left.
+    `start` agrees on the first global state; iterating yields the rounds that are left. A round is finished, and where
+    there is a journal on disk, when the loop asks for the next one.
+
+    journals: whether a party that is killed goes on from its last finished round. resumed: the round that this run
+    went on after; 0 when it began anew. Both are known after `start`, which restores what is kept.
     """
+
+    @property
+    def journals(self) -> bool: ...
+
+    @property
+    def resumed(self) -> int: ...
 
     def start(self, state: Arrays) -> Arrays: ...
 
@@ -375,7 +400,11 @@ class CoordinatorRound(Protocol):
 
 
 class CoordinatorRounds(Protocol):
-    """The coordinator's rounds. `start` returns the first global state, as the first contributor sent it."""
+    """The coordinator's rounds.
+
+    `start` returns the first global state, as the first contributor sent it, or the one of the last round that was
+    published before this party was killed, and restores what is kept. A round is on disk before it is published.
+    """
 
     def start(self) -> Arrays: ...
 
@@ -501,11 +530,24 @@ class Context(Protocol):
         ...
 
     def contributor_rounds(
-        self, count: int, *, protection: str, hooks: Sequence[UpdateHook] = ()
-    ) -> ContributorRounds: ...
+        self,
+        count: int,
+        *,
+        protection: str,
+        hooks: Sequence[UpdateHook] = (),
+        keep: Mapping[str, Kept] = MappingProxyType({}),
+    ) -> ContributorRounds:
+        """keep: by name, what else a killed party needs to go on. Hooks that are `Kept` are kept without asking."""
+        ...
 
     def coordinator_rounds(
-        self, count: int, *, protection: str, hooks: Sequence[UpdateHook] = (), keep_terms: bool = False
+        self,
+        count: int,
+        *,
+        protection: str,
+        hooks: Sequence[UpdateHook] = (),
+        keep_terms: bool = False,
+        keep: Mapping[str, Kept] = MappingProxyType({}),
     ) -> CoordinatorRounds: ...
 
     def turn(self) -> AbstractContextManager[None]:

@@ -31,7 +31,20 @@ THIRD_PARTY = {
     "security": {"numpy", "cryptography", "tenseal", "dp_accounting"},
     "protocols": {"numpy", "safetensors", "zstandard", "ml_dtypes", "pika"},
     "pipelines": {"pydantic", "pydantic_core", "yaml"},
-    "runtime": {"pydantic", "pydantic_core", "numpy", "sqlalchemy", "rich", "matplotlib"},
+    "runtime": {
+        "alembic",
+        "fastapi",
+        "fsspec",
+        "httpx",
+        "matplotlib",
+        "numpy",
+        "pydantic",
+        "pydantic_core",
+        "safetensors",
+        "sqlalchemy",
+        "starlette",
+        "uvicorn",
+    },
     "cli": {"click", "rich"},
 }
 ONLY_IN = {
@@ -41,6 +54,13 @@ ONLY_IN = {
     "peft": ("components/",),
     "accelerate": ("components/",),
     "click": ("cli/",),
+    "sqlalchemy": ("runtime/store/",),
+    "alembic": ("runtime/store/",),
+    "fastapi": ("runtime/service/",),
+    "starlette": ("runtime/service/",),
+    "uvicorn": ("runtime/service/",),
+    "httpx": ("runtime/service/client.py",),
+    "fsspec": ("runtime/artifacts/",),
 }
 NEVER = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "jsonpickle"}
 IMPURE = {"time", "random", "secrets", "threading", "datetime", "asyncio", "socket", "os", "uuid"}

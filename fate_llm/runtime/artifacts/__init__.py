@@ -1,0 +1,1 @@
+"""Outputs of tasks by their content, and the models among them with their history."""

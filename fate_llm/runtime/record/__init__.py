@@ -1,0 +1,1 @@
+"""What a party can prove later: its audit log and the dossiers of its jobs."""

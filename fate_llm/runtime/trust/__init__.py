@@ -1,0 +1,1 @@
+"""What a party lets happen: signed job specifications, its policy, its data catalogue."""
