@@ -17,6 +17,7 @@ from fate_llm.core.errors import ConfigurationError, FateError, InternalError, J
 
 __all__ = [
     "error_document",
+    "home_option",
     "json_option",
     "pipeline_argument",
     "print_json",
@@ -34,6 +35,14 @@ set_option = click.option(
     multiple=True,
     metavar="KEY=VALUE",
     help="Override a value, e.g. job.seed=8; may be repeated.",
+)
+home_option = click.option(
+    "--home",
+    type=click.Path(path_type=Path, file_okay=False),
+    envvar="FATE_LLM_HOME",
+    default=Path(),
+    metavar="FOLDER",
+    help="This party's home.  [env FATE_LLM_HOME; default: the present folder]",
 )
 pipeline_argument = click.argument("pipeline", type=click.Path(path_type=Path, dir_okay=False))
 

@@ -6,7 +6,6 @@ import copy
 import json
 import shutil
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -19,19 +18,22 @@ from fate_llm.core.interfaces import (
     ContributorRounds,
     Estimate,
     Frozen,
+    Kept,
     PlanView,
     Port,
     PredictRule,
     Replace,
     UpdateHook,
 )
-from fate_llm.core.values import Arrays, Artifact, ArtifactKind
+from fate_llm.core.values import Arrays, Artifact, ArtifactKind, Role
 
 from .llm.adapters import PeftSettings, Trainable, attach, save_model, trainable_report, write_about
+from .llm.checkpoint import Checkpoint, EpochStart
 from .llm.costs import training_cost
 from .llm.history import EarlyStopping, History
 from .llm.modelref import ModelRef
-from .llm.models import Loading, load_base, load_tokenizer, own_tree, require_training_extra
+from .llm.models import Loading, device_of, load_base, load_tokenizer, own_tree, require_training_extra
+from .llm.ranks import Ranks, deepspeed_settings, split_batch, world
 from .llm.records import Dataset
 from .llm.scoring import loss_sums
 from .llm.templates import Encoded, encode_dataset
@@ -137,6 +139,7 @@ class HomoLlmTrainer:
         "model": Port(ArtifactKind.MODEL, "The trained adapter (PEFT folder) or model (Hugging Face folder)."),
         "metrics": Port(ArtifactKind.METRICS, "Losses and sizes per round."),
     }
+    ranked: ClassVar[frozenset[Role]] = frozenset({Role.GUEST, Role.HOST})  # where a party has several ranks
     predict_rule: ClassVar[PredictRule] = Replace(
         component="generator", artifact="model", inputs={"data": "test"}, params=("template", "max_length", "loading")
     )
@@ -157,8 +160,15 @@ class HomoLlmTrainer:
         rule = plugins.load("aggregator", params.aggregator)
         aggregator = rule(rule.Params(**params.aggregator_params))
         stopping = EarlyStopping(params.patience, params.min_improvement)
+        keep: dict[str, Kept] = {"stopping": stopping}
+        if isinstance(aggregator, Kept):
+            keep["aggregator"] = aggregator
         rounds = ctx.coordinator_rounds(
-            params.rounds, protection=params.protection, hooks=_hooks(ctx), keep_terms=rule.needs_plaintext
+            params.rounds,
+            protection=params.protection,
+            hooks=_hooks(ctx),
+            keep_terms=rule.needs_plaintext,
+            keep=keep,
         )
         state = rounds.start()
         for round in rounds:
@@ -175,31 +185,46 @@ class _Contributor:
         require_training_extra()
         self.ctx = ctx
         self.params: HomoLlmTrainer.Params = ctx.params
+        self.ranks = Ranks(world())
         self.history = History()
+        self.checkpoint = Checkpoint()
         self.turns = Turns(ctx, ctx.seed(ctx.task, ctx.party))
 
     def run(self) -> None:
         ctx, params, turns = self.ctx, self.params, self.turns
         with turns.take():
+            self.ranks.join(device_of(params.loading))
             self.tokenizer = load_tokenizer(ctx, params.model)
             self.base = load_base(ctx, params.model, params.loading)
             self.model = self._trainable_model()
             self.trainable = Trainable(self.model)
             rows, self.test = self._encode("train"), self._encode("test") if "test" in ctx.inputs else []
-            rounds = ctx.contributor_rounds(params.rounds, protection=params.protection, hooks=_hooks(ctx))
+            keep: dict[str, Kept] = {"trainer": self.checkpoint, "history": self.history}
+            rounds = self.ranks.contributor_rounds(
+                ctx, params.rounds, protection=params.protection, hooks=_hooks(ctx), keep=keep
+            )
             with turns.pause():
                 state = rounds.start(self.trainable.read())
             self.trainable.load(state)
-            self._evaluate(0, state)
+            if not rounds.resumed:
+                self._evaluate(0, state)
             state = self._train(rounds, rows, state)
             with turns.pause():
-                sums = self.history.to_send(Meter())
-                sums = ctx.channel.aggregate("final", sums, protection=params.protection)
+                sums, _ = self.ranks.share(lambda: (self._final_sums(), {}))
             self.history.settle(sums)
-            self._save(state)
+            if self.ranks.first:
+                self._save(state)
+
+    def _final_sums(self) -> dict[str, float]:
+        """The sums of the last evaluation: they missed the last round."""
+        mine = self.history.to_send(Meter())
+        return self.ctx.channel.aggregate("final", mine, protection=self.params.protection)
 
     def _train(self, rounds: ContributorRounds, rows: Sequence[Encoded], state: Arrays) -> Arrays:
-        """All rounds; the last global state."""
+        """All rounds that are left; the last global state."""
+        folder = self.ctx.scratch() / "trainer"
+        if self.ranks.first:  # a checkpoint that was being written when this party was killed
+            shutil.rmtree(folder, ignore_errors=True)
         schedule = Schedule(self.params.rounds, self.params.local_steps, self.params.local_epochs)
         synchroniser = Synchroniser(
             rounds=iter(rounds),
@@ -207,20 +232,26 @@ class _Contributor:
             state=state,
             meter=Meter(),
             turns=self.turns,
+            ranks=self.ranks,
             weigh=self._weigh,
             sums=self.history.to_send,
             after=self._after_round,
+            journals=rounds.journals,
         )
+        if synchroniser.current is None:  # killed after the last round
+            return state
+        resumed = self.checkpoint.resume_from(rounds.resumed)
         trainer = make_trainer(
             self.model,
             rows,
-            arguments={**_arguments(self.params), **schedule.length(), "seed": self._seed("trainer")},
-            folder=self.ctx.scratch() / "trainer",
+            arguments={**_arguments(self.params, self.ranks), **schedule.length(), "seed": self._seed("trainer")},
+            folder=folder,
             pad_id=self._pad_id,
             meter=synchroniser.meter,
-            callbacks=[make_callback(self.ctx, synchroniser, schedule)],
+            callbacks=[make_callback(self.ctx, synchroniser, schedule, self.checkpoint, EpochStart(resumed))],
         )
-        trainer.train()
+        self.trainable.engine = lambda: getattr(trainer, "deepspeed", None)
+        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         return synchroniser.state
 
     @property
@@ -272,8 +303,16 @@ class _Contributor:
     def _evaluate(self, number: int, state: Arrays) -> None:
         every = self.params.evaluate_every
         if self.test and every and (number % every == 0 or number == self.params.rounds):
-            score = partial(loss_sums, self.model, self.test, batch_size=self.params.batch_size, pad_id=self._pad_id)
-            self.history.evaluate(number, state, partial(score, check=self.ctx.check_cancelled))
+            self.history.evaluate(number, state, self._score)
+
+    def _score(self) -> tuple[float, int]:
+        """Loss and tokens of the held-out records; every rank takes a part."""
+        rows, size = self.ranks.portion(self.test), self.params.batch_size
+        check = self.ctx.check_cancelled
+        loss_sum, tokens = self.ranks.total(
+            loss_sums(self.model, rows, batch_size=size, pad_id=self._pad_id, check=check)
+        )
+        return loss_sum, int(tokens)
 
     def _after_round(self, log: RoundLog, state: Arrays) -> None:
         row = self.history.finish_round(log)
@@ -281,7 +320,7 @@ class _Contributor:
         self.ctx.log_metrics(numbers, step=log.number)
         self.ctx.emit("round", rounds=self.params.rounds, **row)
         self._evaluate(log.number, state)
-        if self.params.save_every and log.number % self.params.save_every == 0:
+        if self.params.save_every and log.number % self.params.save_every == 0 and self.ranks.first:
             self._write(self.ctx.scratch() / "models" / f"round-{log.number:05d}", state, log.number)
 
     def _save(self, last: Arrays) -> None:
@@ -290,7 +329,7 @@ class _Contributor:
         rounds = int(history.rows[-1]["round"])
         best = history.best_state if history.best_state is not None else last
         best_round = history.best_round if history.best_round is not None else rounds
-        if best is not last:
+        if best_round != rounds:
             self._write(ctx.scratch() / "models" / "best", best, best_round)
             self._write(ctx.scratch() / "models" / "last", last, rounds)
         chosen = (last, rounds) if self.params.select == "last" else (best, best_round)
@@ -301,7 +340,10 @@ class _Contributor:
             "chosen_round": chosen[1],
             "trainable": trainable_report(self.model),
         }
-        ctx.output("metrics").write_text(json.dumps(metrics, indent=2) + "\n")
+        metrics_file = ctx.output("metrics")
+        partial_file = metrics_file.with_name(metrics_file.name + ".partial")
+        partial_file.write_text(json.dumps(metrics, indent=2) + "\n")
+        partial_file.replace(metrics_file)
 
     def _base_ref(self) -> ModelRef:
         """The base model as others find it from anywhere on this machine."""
@@ -309,12 +351,13 @@ class _Contributor:
         return ref if ref.path is None else ModelRef(path=str(self.ctx.resolve(ref.path)))
 
     def _write(self, folder: Path, state: Arrays, number: int) -> None:
-        """A PEFT folder (or a whole model's folder) that appears under its name only when it is complete."""
-        current = self.trainable.read()
-        self.trainable.load(state)
+        """A PEFT folder (or a whole model's folder) that appears under its name only when it is complete.
+
+        One of an earlier life, which was killed before its round was finished, is replaced.
+        """
         partial_folder = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial_folder, ignore_errors=True)
-        save_model(self.model, partial_folder, self.tokenizer)
+        save_model(self.model, partial_folder, self.tokenizer, self.trainable.tensors(state))
         write_about(
             partial_folder,
             base=self._base_ref(),
@@ -322,15 +365,16 @@ class _Contributor:
             settings=self.params.peft,
             extra={"task": self.ctx.task, "round": number, "contributors": list(self.ctx.cohort.contributors)},
         )
+        shutil.rmtree(folder, ignore_errors=True)
         partial_folder.rename(folder)
-        self.trainable.load(current)
 
 
-def _arguments(params: HomoLlmTrainer.Params) -> dict[str, Any]:
+def _arguments(params: HomoLlmTrainer.Params, ranks: Ranks) -> dict[str, Any]:
     """The Trainer's arguments that are settings of ours."""
+    batch_size, accumulation = split_batch(params.batch_size, params.gradient_accumulation, ranks.world.size)
     return {
-        "per_device_train_batch_size": params.batch_size,
-        "gradient_accumulation_steps": params.gradient_accumulation,
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": accumulation,
         **({"gradient_checkpointing": True} if params.gradient_checkpointing else {}),
         "learning_rate": params.learning_rate,
         "lr_scheduler_type": params.lr_scheduler,
@@ -339,7 +383,8 @@ def _arguments(params: HomoLlmTrainer.Params) -> dict[str, Any]:
         "max_grad_norm": params.max_grad_norm,
         "optim": "adamw_torch",
         **({"train_sampling_strategy": "group_by_length"} if params.group_by_length else {}),
-        "use_cpu": params.loading.device == "cpu",
+        "use_cpu": device_of(params.loading) == "cpu",
+        **ranks.trainer_arguments(deepspeed_settings()),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from .llm.templates import Formatter
 __all__ = ["PLUGIN", "Reader", "ReaderParams"]
 
 SHOWN_FAULTS = 5
+_CATALOG = "catalog:"
 PROGRESS_EVERY = 10_000
 
 
@@ -31,7 +33,9 @@ class ReaderParams(Frozen):
 
     path: str = Field(
         min_length=1,
-        description="File or folder, relative to the pipeline; the name of a data set for format `hub`.",
+        description="File or folder, relative to the pipeline; `catalog:NAME` for a data set of the party's catalogue;"
+        " the name of a data set for format `hub`.",
+        json_schema_extra={"resource": "data"},
     )
     format: Literal["auto", "jsonl", "json", "csv", "parquet", "dataset", "hub"] = Field(
         default="auto",
@@ -59,7 +63,9 @@ class ReaderParams(Frozen):
         default=100, ge=1, le=100_000, description="With `skip`: more bad rows than this are refused."
     )
     tokenizer: str | None = Field(
-        default=None, description="Folder of a tokenizer, to count tokens with; None counts characters only."
+        default=None,
+        description="Folder of a tokenizer, or `catalog:NAME`, to count tokens with; None counts characters only.",
+        json_schema_extra={"resource": "model"},
     )
 
 
@@ -125,11 +131,25 @@ class Reader:
 
 
 def _read(ctx: Context) -> None:
+    """Read the file; where it is named by the party's catalogue, what others may hear of an error has that name."""
     params: ReaderParams = ctx.params
     path = Path(params.path) if params.format == "hub" else ctx.resolve(params.path)
+    if not params.path.startswith(_CATALOG):
+        _read_from(ctx, path, path.name)
+        return
+    try:
+        _read_from(ctx, path, params.path)
+    except DataError as error:
+        file = re.compile(rf"{re.escape(str(path))}|(?<![\w./-]){re.escape(path.name)}(?![\w/-])")
+        message, hint = (file.sub(params.path, text) for text in (error.message, error.hint))
+        raise DataError(message, hint=hint) from error
+
+
+def _read_from(ctx: Context, path: Path, source: str) -> None:
+    params: ReaderParams = ctx.params
     target, report = ctx.output("dataset"), _Report()
     tokens = _token_counter(ctx, params, report)
-    with DatasetWriter(target, template=params.template, source=path.name) as writer:
+    with DatasetWriter(target, template=params.template, source=source) as writer:
         for record in _records(ctx, path, report, writer):
             writer.add(record)
             tokens(record)
@@ -138,7 +158,7 @@ def _read(ctx: Context) -> None:
         if params.tokenizer is not None:
             spans = {"prompt": report.prompt_tokens.as_dict(), "answer": report.answer_tokens.as_dict()}
             writer.statistics["tokens"] = spans
-    _write_report(ctx.output("report"), report.as_dict(read_manifest(target)), path.name)
+    _write_report(ctx.output("report"), report.as_dict(read_manifest(target)), source)
     ctx.emit("data", rows=report.rows, kept=report.kept, faults=len(report.faults))
 
 

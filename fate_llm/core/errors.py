@@ -6,8 +6,11 @@
     |   |-- UnknownPlugin              a component, aggregator, hook or transport nobody has
     |   |-- DataError                  a data file or record is wrong
     |   |-- ModelError                 a model cannot be found, read or adapted
-    |   `-- MissingExtra               a layer of the installation is missing
+    |   |-- MissingExtra               a layer of the installation is missing
+    |   |-- UnknownJob                 a service is asked for a job that it does not have
+    |   `-- WrongState                 what is asked of a job does not fit how far it is
     |-- PolicyError            (3)     not allowed here: an experiment outside the local runtime, a floor not met
+    |   `-- Unauthorised               a request to a service without its token
     |-- FederationError        (4)     something between the parties
     |   |-- PeerViolation              a party said what the protocol does not allow
     |   |   |-- BadEnvelope            bytes that are not a message
@@ -21,6 +24,7 @@
     |   |-- QuorumLost                 fewer parties than the quorum
     |   |-- BrokerLost                 the broker cannot be reached
     |   |-- BrokerRefused              the broker does not let us in, or not do what we need
+    |   |-- ServiceLost                this party's own service cannot be reached
     |   `-- TransportClosed            the transport is no longer there
     |-- ProtectionError        (5)     an update cannot be protected as asked (not finite, overflow, plaintext needed)
     |-- JobCancelled           (130)   a person or a party stopped the job
@@ -60,8 +64,12 @@ __all__ = [
     "ProtectionError",
     "QuorumLost",
     "RoundTimeout",
+    "ServiceLost",
     "TransportClosed",
+    "Unauthorised",
+    "UnknownJob",
     "UnknownPlugin",
+    "WrongState",
     "all_errors",
     "error_from",
 ]
@@ -161,12 +169,33 @@ class MissingExtra(ConfigurationError):
     default_hint = "Install the extra that the message names."
 
 
+class UnknownJob(ConfigurationError):
+    """A service is asked for a job that it does not have, or may not show."""
+
+    code = "unknown_job"
+    default_hint = "`fate_llm jobs list` shows the jobs of this party."
+
+
+class WrongState(ConfigurationError):
+    """What is asked of a job does not fit how far it is: to resume one that runs, to decide what is decided."""
+
+    code = "wrong_state"
+    default_hint = "`fate_llm jobs show JOB` says how far it is."
+
+
 class PolicyError(FateError):
     """What was asked is not allowed here."""
 
     code = "policy_refused"
     exit_code = 3
     default_hint = "Only a party's own policy can allow it; no pipeline can."
+
+
+class Unauthorised(PolicyError):
+    """A request to a party's service without its token."""
+
+    code = "unauthorised"
+    default_hint = "The token is in the file that party.yaml names under api.token; name the home: --home FOLDER"
 
 
 class FederationError(FateError):
@@ -259,6 +288,13 @@ class BrokerRefused(FederationError):
 
     code = "broker_refused"
     default_hint = "Ask the broker's operator; `fate_llm doctor --broker URL` says what is missing."
+
+
+class ServiceLost(FederationError):
+    """This party's own service cannot be reached, or answers as no service of ours does."""
+
+    code = "service_lost"
+    default_hint = "Start it: fate_llm party serve --home FOLDER"
 
 
 class TransportClosed(FederationError):

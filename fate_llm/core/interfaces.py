@@ -49,6 +49,8 @@ __all__ = [
     "PredictRule",
     "Progress",
     "Replace",
+    "RoundJournal",
+    "Saved",
     "SecureSum",
     "SumAction",
     "SumContribute",
@@ -367,6 +369,45 @@ class Kept(Protocol):
 
     def restore(self, folder: Path) -> None:
         """Become what `save` wrote there; the folder stays as it is."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """The last finished round of one side of a conversation, as its journal has it.
+
+    fields: JSON values. tensors: the round's state. positions: how far this side had said and heard when it was
+    written; empty when that was in another attempt, whose messages are gone. keep: folders by name, as `Kept.save` left
+    them.
+    """
+
+    number: int
+    fields: Mapping[str, Any]
+    tensors: Arrays
+    positions: Mapping[str, Any]
+    keep: Mapping[str, Path]
+
+
+class RoundJournal(Protocol):
+    """Where one side of a conversation writes down its finished rounds. Whatever ends the process: old or new."""
+
+    def load(self) -> Saved | None:
+        """The last round committed, or None. What was half written is removed."""
+        ...
+
+    def commit(
+        self,
+        number: int,
+        fields: Mapping[str, Any],
+        tensors: Arrays,
+        positions: Mapping[str, Any],
+        keep: Mapping[str, Kept],
+    ) -> None:
+        """On disk as a whole when this returns; numbers grow.
+
+        Raises:
+            FederationError: the disk does not take it; what was committed before stays.
+        """
         ...
 
 

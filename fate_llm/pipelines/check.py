@@ -65,7 +65,7 @@ def _examine(raw: Mapping[str, Any], faults: Faults) -> PipelineSpec | None:
 
 
 def _check_parties(spec: PipelineSpec, faults: Faults) -> None:
-    """Nobody contributes twice, and the quorum can be met."""
+    """Nobody contributes twice, the quorum can be met, and room is asked for at parties that are there."""
     seen = {spec.parties.guest: "the guest"}
     for index, host in enumerate(spec.parties.hosts):
         if host in seen:
@@ -76,6 +76,10 @@ def _check_parties(spec: PipelineSpec, faults: Faults) -> None:
     if quorum is not None and quorum > owners:
         message = f"found {quorum}, but there are {owners} contributors"
         faults.add("quorum_too_large", ("job", "quorum"), message, f"at most {owners}")
+    for party in spec.job.resources.at:
+        if party not in spec.members:
+            hint = nearest(party, spec.members)
+            faults.add("unknown_party", ("job", "resources", "at", party), f"no party is called {party!r}", hint)
 
 
 def _check_participants(draft: Draft) -> None:

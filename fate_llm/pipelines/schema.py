@@ -18,18 +18,26 @@ from fate_llm.core.names import NAME_PATTERN
 from fate_llm.core.values import Cohort, Role, Roster
 
 __all__ = [
+    "Duration",
     "Folder",
     "InputValue",
+    "JobResources",
     "JobSettings",
+    "Listed",
+    "Name",
+    "Need",
     "Parties",
     "PipelineSpec",
     "Reference",
+    "Size",
     "Strict",
     "TaskOverride",
     "TaskSpec",
+    "Version",
     "load_component",
     "merged",
     "parse_duration",
+    "parse_size",
     "roles_of_component",
     "sources_of",
 ]
@@ -62,12 +70,39 @@ def parse_duration(value: Any) -> float:
     return seconds
 
 
+_SIZE = re.compile(r"^([0-9]+(?:\.[0-9]+)?) ?(|[kKMGT]B|[KMGT]iB|B)$", re.ASCII)
+_SIZES = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SIZES |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_MOST_BYTES = 2**53
+
+
+def parse_size(value: Any) -> int:
+    """Bytes of `16GiB`, `500 MB` or of a plain number.
+
+    Raises:
+        ValueError: anything else, less than one byte, or more than 2^53.
+    """
+    found = _SIZE.match(value) if isinstance(value, str) else None
+    if found:
+        count = int(float(found[1]) * _SIZES[found[2]])
+    elif isinstance(value, int) and not isinstance(value, bool):
+        count = value
+    else:
+        raise ValueError("a size is a number of bytes, or text such as 500MB, 16GiB")
+    if not 1 <= count <= _MOST_BYTES:
+        raise ValueError("a size is at least one byte and at most 8192 TiB")
+    return count
+
+
 def _whole_number(value: Any) -> Any:
     """Python takes true for 1; a version is a number."""
     if isinstance(value, bool):
         raise ValueError("should be 1")
     return value
 
+
+Version = Annotated[Literal[1], BeforeValidator(_whole_number)]
+"""Of a file's language: 1, and not true."""
 
 Duration = Annotated[
     float,
@@ -80,6 +115,13 @@ Duration = Annotated[
             ]
         }
     ),
+]
+
+
+Size = Annotated[
+    int,
+    BeforeValidator(parse_size),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": _SIZE.pattern}]}),
 ]
 
 
@@ -168,6 +210,20 @@ class TaskOverride(Strict):
     inputs: dict[str, InputValue] = Field(default_factory=dict, description="Replace the task's inputs, by port.")
 
 
+class Need(Strict):
+    """Room that one party keeps free for the job while it runs."""
+
+    cpus: float = Field(1.0, gt=0, le=10_000, description="Processor cores.")
+    memory: Size | None = Field(None, description="Bytes, such as 16GiB; no claim when not given.")
+    gpus: int = Field(0, ge=0, le=1_000, description="Whole GPUs.")
+
+
+class JobResources(Need):
+    """Room at every party, and what differs at some."""
+
+    at: dict[Name, Need] = Field(default_factory=dict, description="What a party needs instead: {party: {cpus, ...}}.")
+
+
 class JobSettings(Strict):
     """What holds for the job as a whole."""
 
@@ -175,12 +231,22 @@ class JobSettings(Strict):
     round_deadline: Duration = Field(600.0, description="How long a round waits: seconds, or 30s, 10m, 2h.")
     quorum: int | None = Field(None, ge=1, description="Least number of contributors in a round; all by default.")
     retries: int = Field(0, ge=0, le=100, description="How often a task that failed is started again.")
+    priority: int = Field(5, ge=0, le=9, description="Which job gets room first where several wait: 9 before 0.")
+    resources: JobResources = Field(JobResources(), description="Room that each party keeps free for the job.")
+    lost_after: Duration = Field(600.0, description="A party that gave no sign of life for so long is lost to the job.")
+    approval_deadline: Duration = Field(
+        7 * 86400.0, description="How long parties have to accept, people who approve included."
+    )
+
+    def need_of(self, party: str) -> Need:
+        """The room that the job needs at a party."""
+        return self.resources.at.get(party, self.resources)
 
 
 class PipelineSpec(Strict):
     """A pipeline: parties, tasks and what differs between the parties."""
 
-    version: Annotated[Literal[1], BeforeValidator(_whole_number)] = Field(description="Version of the language.")
+    version: Version = Field(description="Version of the language.")
     name: Name = Field(description="Name of the pipeline; job ids start with it.")
     description: str = Field("", description="For people.")
     parties: Parties = Field(description="Who takes part.")
@@ -188,7 +254,9 @@ class PipelineSpec(Strict):
     overrides: dict[Name, dict[Name, TaskOverride]] = Field(
         default_factory=dict, description="What differs at a party: {party: {task: {params, inputs}}}."
     )
-    job: JobSettings = Field(default=JobSettings(), description="Seed, deadline, quorum, retries.")
+    job: JobSettings = Field(
+        default=JobSettings(), description="Seed, deadlines, quorum, retries, priority, resources."
+    )
     experiment: bool = Field(
         False, description="Data or models may be shown to other parties; such a pipeline runs locally only."
     )

@@ -14,18 +14,28 @@ Rules:
    any more.
 8. A number is used up only when its message could be encoded; a gap is never of our own making.
 9. Text of a peer is cut and made printable before anybody is told of it.
+
+A durable channel sits on a transport that is exact and in order, and whose messages outlive this process (a link):
+10. Sequence numbers say nothing there: they begin anew with each process. A message is known by its round and ordinal
+    among those of its sender, task and kind, and is accepted if these are beyond the last one accepted.
+11. A message is acknowledged when its reader says so, after what became of it is on disk (`acknowledge`,
+    `finish_task`). What comes twice, or belongs to a task that has ended, is acknowledged at once. Control messages
+    never are, so that the next process of this party hears again who has left.
+12. What an earlier process has received is in the mailboxes before anything else happens.
 """
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
+from fate_llm.core.canonical import digest
 from fate_llm.core.errors import (
     ConflictingDuplicate,
     FateError,
@@ -42,9 +52,10 @@ from fate_llm.core.interfaces import Delivery, Transport
 from fate_llm.core.values import Payload
 
 from .envelope import Envelope, body_digest, decode, encode
+from .ledger import Account, Key, Place, base_task, read_positions
 from .tensors import write_tensors
 
-__all__ = ["Counters", "JobChannel", "Left", "Observer"]
+__all__ = ["Counters", "JobChannel", "Left", "Observer", "Passed"]
 
 Observer = Callable[[str, Mapping[str, Any]], None]
 _CONTROL = "control."
@@ -61,6 +72,27 @@ class Left:
     party: str
     code: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """A message that is about to leave, or was accepted: what may be known of it, never its content.
+
+    peer: who it goes to or came from. bytes: of its frame. form: {tensor: [dtype, shape]}. digest: SHA-256 (hex) over
+    task, kind, round, ordinal, sender, receiver, fields and tensors: the same at both ends, however often it travels.
+    protection: how what it carries is protected, as its sender says; empty where nothing is to be, and for what came.
+    """
+
+    direction: Literal["sent", "received"]
+    peer: str
+    task: str
+    kind: str
+    round: int
+    ordinal: int
+    bytes: int
+    form: Mapping[str, Sequence[Any]]
+    digest: str
+    protection: str = ""
 
 
 @dataclass(slots=True)
@@ -85,7 +117,12 @@ class _Incoming:
 
 
 class JobChannel:
-    """The conversation of `party` in one job. Thread-safe; close it when the party's work is over."""
+    """The conversation of `party` in one job. Thread-safe; close it when the party's work is over.
+
+    durable: the transport keeps messages until they are acknowledged, beyond the life of this process. on_passed: told
+    of each message before it is handed to the transport (an error there stops it), and of each that is accepted before
+    its reader can see it. It must not call the channel.
+    """
 
     def __init__(
         self,
@@ -98,6 +135,8 @@ class JobChannel:
         window: int = 256,
         stretch: float = 600.0,
         observer: Observer | None = None,
+        durable: bool = False,
+        on_passed: Callable[[Passed], None] | None = None,
     ) -> None:
         self.job = job
         self.party = party
@@ -114,19 +153,39 @@ class JobChannel:
         self._sending: dict[str, threading.Lock] = {member: threading.Lock() for member in self.members}
         self._next: dict[str, int] = defaultdict(int)
         self._incoming: dict[str, _Incoming] = defaultdict(_Incoming)
-        self._mail: dict[tuple[str, str, str], deque[Envelope]] = defaultdict(deque)
+        self._mail: dict[Key, deque[Envelope]] = defaultdict(deque)
+        self._on_passed = on_passed
+        self.durable = durable
+        self._ordinals: dict[Key, Place] = {}  # of the last message sent
+        self._accepted: dict[Key, Place] = {}  # of the last message accepted
+        self._receipts: dict[tuple[Key, Place], Delivery] = {}  # accepted, and consumed for no account
+        self._accounts: dict[str, list[Account]] = defaultdict(list)
+        self._ended: set[str] = set()  # tasks
         self._hashed: tuple[weakref.ref[Payload] | None, str] = (None, "")
         self._cancelled: str | None = None
         self._broken: FateError | None = None
+        if durable:
+            self._take_backlog()
         self._reader = threading.Thread(target=self._read, name=f"channel-{party}", daemon=True)
         self._reader.start()
 
     # --- sending --------------------------------------------------------------------------------------------
 
-    def send(self, receiver: str, *, task: str, kind: str, payload: Payload, round: int = 0) -> int:
+    def send(
+        self,
+        receiver: str,
+        *,
+        task: str,
+        kind: str,
+        payload: Payload,
+        round: int = 0,
+        protection: str = "",
+        account: Account | None = None,
+    ) -> int:
         """Send one message; returns the bytes of its frame (0 to oneself).
 
-        The payload is not written to later.
+        The payload is not written to later. protection: see `Passed`. account: whose journal will know of it. Rounds
+        of one task and kind do not go back.
         """
         if receiver not in self.members:
             raise FederationError(f"{receiver} is not a party of job {self.job}")
@@ -136,15 +195,31 @@ class JobChannel:
                 self._deliver(own)
             return 0
         with self._sending[receiver]:  # numbers leave in order
-            number = self._next[receiver] + 1
-            envelope = Envelope(self.job, task, self.party, receiver, kind, number, payload, round=round)
-            parts = encode(envelope, digest=self._digest_of(payload))
-            self._next[receiver] = number
+            number, key = self._next[receiver] + 1, (task, kind, receiver)
+            place = self._next_place(key, round)
+            envelope = Envelope(
+                self.job, task, self.party, receiver, kind, number, payload, round=round, ordinal=place[1]
+            )
+            body = self._digest_of(payload)
+            parts = encode(envelope, digest=body)
+            if self._on_passed is not None:
+                size = sum(memoryview(part).nbytes for part in parts)
+                self._on_passed(_passed("sent", replace(envelope, digest=body), size, protection))
+            self._next[receiver], self._ordinals[key] = number, place
+            if account is not None:
+                account.said(key, place)
             size = self._transport.send(receiver, parts)
             counters = self.counters[receiver]
             counters.sent += 1
             counters.sent_bytes += size
         return size
+
+    def _next_place(self, key: Key, round: int) -> Place:
+        """Round and ordinal of the next message. What says how a party ends is not counted."""
+        if key[1].startswith(_CONTROL):
+            return round, 0
+        last = self._ordinals.get(key, (round, 0))
+        return round, last[1] + 1 if last[0] == round else 1
 
     def _digest_of(self, payload: Payload) -> str:
         """The digest of the body, if the last one encoded is this one: what goes to many is hashed once."""
@@ -182,7 +257,16 @@ class JobChannel:
 
     # --- receiving ------------------------------------------------------------------------------------------
 
-    def receive(self, sender: str, *, task: str, kind: str, deadline: float | None, what: str = "") -> Envelope:
+    def receive(
+        self,
+        sender: str,
+        *,
+        task: str,
+        kind: str,
+        deadline: float | None,
+        what: str = "",
+        account: Account | None = None,
+    ) -> Envelope:
         """The next message of this kind from `sender`.
 
         deadline: on this channel's clock; None waits until the sender is gone or the job ends.
@@ -192,7 +276,7 @@ class JobChannel:
             ended without sending it.
             JobCancelled: the job was stopped. TransportClosed: the channel was closed.
         """
-        found = self.next(task=task, kinds=(kind,), senders=(sender,), deadline=deadline)
+        found = self.next(task=task, kinds=(kind,), senders=(sender,), deadline=deadline, account=account)
         name = what or f"{kind} from {sender}"
         if found is None:
             raise self.overdue(sender, f"task {task}: {name} did not come in time")
@@ -211,11 +295,13 @@ class JobChannel:
         deadline: float | None,
         known_left: Collection[str] = (),
         stretch: bool = True,
+        account: Account | None = None,
     ) -> Envelope | Left | None:
         """The next message of these kinds and senders; a party newly gone (once); or None at the deadline.
 
         Messages of a party come before the news that it left. Among several, senders earlier in the list first.
-        stretch: whether a message that is coming in is waited for beyond the deadline.
+        stretch: whether a message that is coming in is waited for beyond the deadline. account: who consumes it, and
+        says when it is acknowledged; without one it is when the task has ended.
         """
         with self._changed:
             while True:
@@ -223,7 +309,7 @@ class JobChannel:
                 for sender in senders:
                     for kind in kinds:
                         if box := self._mail.get((task, kind, sender)):
-                            return box.popleft()
+                            return self._consume(box.popleft(), account)
                 for sender in senders:
                     if sender in self.left and sender not in known_left:
                         return self.left[sender]
@@ -233,6 +319,12 @@ class JobChannel:
                         return None
                     remaining = _LOOK
                 self._changed.wait(remaining)
+
+    def _consume(self, envelope: Envelope, account: Account | None) -> Envelope:
+        if account is not None:
+            key, place = _key(envelope), _place(envelope)
+            account.took(key, place, self._receipts.pop((key, place), None))
+        return envelope
 
     def _still_coming(self, senders: Sequence[str]) -> bool:
         """Whether a message of one of them is on its way in, and moving."""
@@ -270,6 +362,51 @@ class JobChannel:
             text = f"{text} ({received} bytes received from {sender} so far)"
         return RoundTimeout(text)
 
+    # --- what is safe, on a durable channel -----------------------------------------------------------------
+
+    def account(self, task: str) -> Account:
+        """An account for one role of a task, closed by `finish_task`."""
+        made = Account()
+        with self._changed:
+            self._accounts[task].append(made)
+        return made
+
+    def resume(self, account: Account, positions: Mapping[str, Any]) -> None:
+        """The role goes on from these positions: what it had consumed by then is dropped, and never comes again."""
+        account.restore(positions)
+        with self._changed:
+            for key, place in read_positions(positions, "said").items():
+                self._ordinals[key] = max(place, self._ordinals.get(key, place))
+            known: list[Delivery] = []
+            for key, place in read_positions(positions, "heard").items():
+                self._accepted[key] = max(place, self._accepted.get(key, place))
+                box = self._mail[key]
+                while box and _place(box[0]) <= place:
+                    known.append(self._receipts.pop((key, _place(box.popleft()))))
+                    self.counters[key[2]].duplicates += 1
+        self._acknowledge(known)
+
+    def acknowledge(self, account: Account, mark: int) -> None:
+        """What the role has consumed since `mark` (see `Account.mark`) is safe on this party's disk."""
+        self._acknowledge(account.release(mark))
+
+    def finish_task(self, task: str) -> None:
+        """The task has ended, and its end is on disk: none of its messages matters any more, now or later."""
+        if not self.durable:
+            return
+        with self._changed:
+            self._ended.add(task)
+            done = [receipt for account in self._accounts.pop(task, ()) for receipt in account.release(0)]
+            for known in [entry for entry in self._receipts if base_task(entry[0][0]) == task]:
+                done.append(self._receipts.pop(known))
+            for key in [key for key in self._mail if base_task(key[0]) == task]:
+                del self._mail[key]
+        self._acknowledge(done)
+
+    def _acknowledge(self, receipts: Sequence[Delivery]) -> None:
+        for receipt in receipts:
+            self._transport.ack(receipt)
+
     # --- ending ---------------------------------------------------------------------------------------------
 
     def cancel(self, reason: str) -> None:
@@ -304,8 +441,7 @@ class JobChannel:
         while True:
             try:
                 delivery = self._transport.receive(None)
-                if delivery is not None:
-                    self._take(delivery)
+                if delivery is not None and self._take(delivery):
                     self._transport.ack(delivery)
             except FateError as error:
                 return self._break(error)
@@ -313,22 +449,37 @@ class JobChannel:
             except Exception as error:
                 return self._break(InternalError(f"the channel stopped reading: {type(error).__name__}: {error}"))
 
+    def _take_backlog(self) -> None:
+        """What an earlier process of this party has received comes before news of who has left since."""
+        try:
+            while (delivery := self._transport.receive(0.0)) is not None:
+                if self._take(delivery):
+                    self._transport.ack(delivery)
+        except FateError as error:
+            self._break(error)
+
     def _break(self, error: FateError) -> None:
         with self._changed:
             self._broken = self._broken or error
             self._changed.notify_all()
 
-    def _take(self, delivery: Delivery) -> None:
-        sender = delivery.sender
+    def _take(self, delivery: Delivery) -> bool:
+        """One frame. Whether it is done with, and can be acknowledged."""
+        sender, done = delivery.sender, True
         with self._changed:
             counters = self.counters[sender]
             counters.received += 1
             counters.received_bytes += len(delivery.body)
             try:
-                self._accept(self._open(delivery))
+                envelope = self._open(delivery)
+                if self.durable:
+                    done = self._accept_kept(envelope, delivery)
+                else:
+                    self._accept(envelope, len(delivery.body))
             except (PeerViolation, MessageLost) as error:
                 self._refuse(sender, error)
             self._changed.notify_all()
+        return done
 
     def _refuse(self, sender: str, error: FateError) -> None:
         self.counters[sender].refused += 1
@@ -347,7 +498,27 @@ class JobChannel:
             raise PeerViolation(f"{envelope.sender} is not a party of job {self.job}")
         return envelope
 
-    def _accept(self, envelope: Envelope) -> None:
+    def _accept_kept(self, envelope: Envelope, delivery: Delivery) -> bool:
+        """A message of a durable channel. Whether it is done with: known, or of a task that has ended."""
+        key, place = _key(envelope), _place(envelope)
+        if envelope.kind.startswith(_CONTROL):
+            self._tell_accepted(envelope, len(delivery.body))
+            self._deliver(envelope)
+            return False
+        if base_task(envelope.task) in self._ended or place <= self._accepted.get(key, (-1, 0)):
+            self.counters[envelope.sender].duplicates += 1
+            return True
+        self._tell_accepted(envelope, len(delivery.body))
+        self._accepted[key] = place
+        self._receipts[key, place] = replace(delivery, body=memoryview(b""))  # what it carries is not held with it
+        self._deliver(envelope)
+        return False
+
+    def _tell_accepted(self, envelope: Envelope, size: int) -> None:
+        if self._on_passed is not None:
+            self._on_passed(_passed("received", envelope, size))
+
+    def _accept(self, envelope: Envelope, size: int) -> None:
         line = self._incoming[envelope.sender]
         number = envelope.sequence
         known = line.waiting[number].fingerprint if number in line.waiting else line.seen.get(number)
@@ -361,6 +532,7 @@ class JobChannel:
             text = f"message {number} of {sender} came while {line.expected} is missing: outside the window"
             self.left.setdefault(sender, Left(sender, MessageLost.code, text))
             raise MessageLost(text)
+        self._tell_accepted(envelope, size)
         line.waiting[number] = envelope
         while line.expected in line.waiting:
             ready = line.waiting.pop(line.expected)
@@ -389,6 +561,44 @@ class JobChannel:
         else:
             text = f"unknown control message {envelope.kind!r} from {envelope.sender}"
             self._refuse(envelope.sender, PeerViolation(text))
+
+
+def _key(envelope: Envelope) -> Key:
+    return envelope.task, envelope.kind, envelope.sender
+
+
+def _place(envelope: Envelope) -> Place:
+    return envelope.round, envelope.ordinal
+
+
+def _passed(direction: Literal["sent", "received"], envelope: Envelope, size: int, protection: str = "") -> Passed:
+    """envelope.digest: of its body."""
+    sent = direction == "sent"
+    fields = json.loads(json.dumps(dict(envelope.payload.fields))) if sent else envelope.payload.fields
+    identity = {
+        "task": envelope.task,
+        "kind": envelope.kind,
+        "round": envelope.round,
+        "ordinal": envelope.ordinal,
+        "sender": envelope.sender,
+        "receiver": envelope.receiver,
+        "fields": digest(fields),
+        "body": envelope.digest,
+    }
+    form = {name: [array.dtype.name, list(array.shape)] for name, array in envelope.payload.tensors.items()}
+    peer = envelope.receiver if sent else envelope.sender
+    return Passed(
+        direction,
+        peer,
+        envelope.task,
+        envelope.kind,
+        envelope.round,
+        envelope.ordinal,
+        size,
+        form,
+        digest(identity),
+        protection,
+    )
 
 
 def _shown(text: object) -> str:

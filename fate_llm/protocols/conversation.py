@@ -5,15 +5,14 @@ Satisfies `core.interfaces.Channel`.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from fate_llm.core.errors import InternalError
-from fate_llm.core.interfaces import SecureSum
+from fate_llm.core.interfaces import RoundJournal, SecureSum
 from fate_llm.core.values import Cohort, Payload
 
 from .channel import JobChannel
+from .ledger import Account
 from .rounds.driver import ContributorDriver, CoordinatorDriver, Emit, Setting
 
 __all__ = ["TaskChannel"]
@@ -21,11 +20,16 @@ __all__ = ["TaskChannel"]
 _USER = "data."  # keeps a component's names apart from those of the rounds
 
 
+def _no_journal(conversation: str) -> None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class TaskChannel:
     """patience: the round deadline in seconds; a wait lasts twice that when the caller names no time-out.
 
-    load_sum: a SecureSum by its name.
+    load_sum: a SecureSum by its name. account: of the role whose view this is, on a durable channel. journal: by
+    conversation, where a coordinator writes down what it publishes; contributors hear it again.
     """
 
     channel: JobChannel
@@ -34,11 +38,12 @@ class TaskChannel:
     patience: float
     load_sum: Callable[[str], SecureSum]
     emit: Emit
-    _used: Counter[str] = field(default_factory=Counter)
+    account: Account = field(default_factory=Account)
+    journal: Callable[[str], RoundJournal | None] = _no_journal
 
     def send(self, receiver: str, name: str, payload: Payload) -> None:
         """Send one payload to a member of the cohort."""
-        self.channel.send(receiver, task=self.task, kind=_USER + name, payload=payload)
+        self.channel.send(receiver, task=self.task, kind=_USER + name, payload=payload, account=self.account)
 
     def receive(self, sender: str, name: str, *, timeout: float | None = None) -> Payload:
         """The next payload of this name from `sender`.
@@ -53,7 +58,12 @@ class TaskChannel:
 
     def _receive(self, sender: str, name: str, deadline: float) -> Payload:
         envelope = self.channel.receive(
-            sender, task=self.task, kind=_USER + name, deadline=deadline, what=f"{name!r} from {sender}"
+            sender,
+            task=self.task,
+            kind=_USER + name,
+            deadline=deadline,
+            what=f"{name!r} from {sender}",
+            account=self.account,
         )
         return envelope.payload
 
@@ -77,15 +87,19 @@ class TaskChannel:
         A name may be used again: each use is a conversation of its own, so that no late number counts in the
         next.
         """
-        self._used[name] += 1
+        self.account.used[name] += 1
+        conversation = f"{self.task}/{name}/{self.account.used[name]}"
         setting = Setting(
             channel=self.channel,
-            task=f"{self.task}/{name}/{self._used[name]}",
+            task=conversation,
             cohort=self.cohort,
             rounds=1,
             patience=self.patience,
             secure_sum=self.load_sum(protection),
             emit=lambda event, **fields: None,
+            protection=protection,
+            account=self.account,
+            journal=self.journal(conversation) if sums is None else None,
         )
         if sums is None:
             return self._collect(setting)
@@ -93,7 +107,7 @@ class TaskChannel:
         rounds.start({})
         for round in rounds:
             return dict(round.contribute({}, weight=1.0, sums=sums).sums)
-        raise InternalError(f"the sum {name!r} ended before it began")
+        return dict(rounds.sums)  # we come late, after a kill: the coordinator had ended it
 
     def _collect(self, setting: Setting) -> dict[str, float]:
         coordinator = CoordinatorDriver(setting)
@@ -102,4 +116,4 @@ class TaskChannel:
             total = round.collect()
             round.publish({})
             return dict(total.sums)
-        raise InternalError(f"the sum of {setting.task} ended before it began")
+        return coordinator.sums  # it had been published before this party was killed

@@ -35,14 +35,16 @@ _PREFIX = struct.Struct("<4sB3sI")
 _ZEROS = b"\0\0\0"
 _MAGIC = b"FATE"
 _TEXTS = ("job", "task", "sender", "receiver", "kind", "schema", "digest")
-_NATURALS = ("attempt", "round", "sequence")
+_NATURALS = ("attempt", "round", "sequence", "ordinal")
 
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """One message. sequence: 1, 2, ... per sender, receiver and job. kind: the conversation's name for it.
+    """One message. sequence: 1, 2, ... per sender, receiver and process. kind: the conversation's name for it.
 
-    round: 0 outside rounds. deadline: seconds since the epoch after which nobody waits, or None.
+    ordinal: 1, 2, ... per sender, receiver, task, kind and round; with these it is the same message whichever process
+    of its sender sends it. 0: to oneself. round: 0 outside rounds.
+    deadline: seconds since the epoch after which nobody waits, or None.
     fingerprint: identity of header and body; two envelopes of one sequence must have the same.
     """
 
@@ -56,6 +58,7 @@ class Envelope:
     attempt: int = 0
     round: int = 0
     deadline: float | None = None
+    ordinal: int = 0
     schema: str = SCHEMA
     digest: str = ""
     fingerprint: bytes = b""
@@ -79,6 +82,7 @@ def encode(envelope: Envelope, *, digest: str | None = None) -> list[Buffer]:
         "sequence": envelope.sequence,
         "attempt": envelope.attempt,
         "round": envelope.round,
+        "ordinal": envelope.ordinal,
         "deadline": envelope.deadline,
         "schema": envelope.schema,
         "digest": digest if digest is not None else body_digest(body),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from fate_llm.core import plugins
-from fate_llm.core.errors import InternalError
-from fate_llm.core.interfaces import SecureSum, UpdateHook
+from fate_llm.core.errors import DataError, InternalError
+from fate_llm.core.interfaces import Kept, SecureSum, UpdateHook
+from fate_llm.core.names import nearest
 from fate_llm.core.seeds import derive_seed
 from fate_llm.core.values import Artifact, Cohort, Role, Roster
 from fate_llm.protocols.channel import JobChannel
@@ -19,11 +22,14 @@ from fate_llm.protocols.rounds.driver import ContributorDriver, CoordinatorDrive
 
 from .events import EventLog
 from .jobfolder import PartyFolder
+from .journal import RoundFolder, journal_folder
 from .sharing import Sharing
 
 __all__ = ["JobSetting", "TaskContext", "load_sum"]
 
 T = TypeVar("T")
+_CATALOG = "catalog:"
+_NOTHING: Mapping[str, Kept] = MappingProxyType({})
 
 
 def load_sum(name: str) -> SecureSum:
@@ -36,7 +42,9 @@ def load_sum(name: str) -> SecureSum:
 class JobSetting:
     """What all tasks of one party in one job have in common.
 
-    base: folder that relative paths of the pipeline start from. patience: seconds of a round's deadline.
+    base: folder that relative paths of the pipeline start from. patience: seconds of a round's deadline. durable: the
+    party goes on where it was when its process is killed; the channel is durable, too. catalog: this party's data sets
+    by name.
     """
 
     job: str
@@ -49,6 +57,15 @@ class JobSetting:
     channel: JobChannel
     events: EventLog
     sharing: Sharing
+    attempt: int = 1
+    durable: bool = False
+    catalog: Mapping[str, str] = field(default_factory=dict)
+
+    def journal(self, side: str, conversation: str) -> RoundFolder | None:
+        """Where one side of a conversation writes down its rounds; None where nothing survives the process."""
+        if not self.durable:
+            return None
+        return RoundFolder(journal_folder(self.folder.path, conversation, side), attempt=self.attempt)
 
 
 class TaskContext:
@@ -75,7 +92,17 @@ class TaskContext:
         self._outputs = frozenset(outputs)
         self._sessions = 0
         self._setting = setting
-        self.channel = TaskChannel(setting.channel, task, cohort, setting.patience, load_sum, self.emit)
+        self._account = setting.channel.account(task)
+        self.channel = TaskChannel(
+            setting.channel,
+            task,
+            cohort,
+            setting.patience,
+            load_sum,
+            self.emit,
+            self._account,
+            partial(setting.journal, "coordinator"),
+        )
 
     def output(self, name: str) -> Path:
         if name not in self._outputs:
@@ -86,31 +113,65 @@ class TaskContext:
         return self._setting.folder.scratch(self.task)
 
     def resolve(self, path: str) -> Path:
+        """See `core.interfaces.Context.resolve`; `catalog:NAME` is the data set of that name in this party's catalog.
+
+        Raises:
+            DataError: nothing of that name.
+        """
+        if path.startswith(_CATALOG):
+            return self._catalogued(path.removeprefix(_CATALOG))
         return (self._setting.base / Path(path).expanduser()).absolute()
+
+    def _catalogued(self, name: str) -> Path:
+        catalog = self._setting.catalog
+        if name not in catalog:
+            hint = nearest(name, catalog) or "Its catalog is empty: add the data set there."
+            raise DataError(f"the catalog of {self.party} has no data set {name!r}", hint=hint)
+        return Path(catalog[name])
 
     def seed(self, *labels: str) -> int:
         return derive_seed(self._setting.seed, *labels)
 
-    def contributor_rounds(self, count: int, *, protection: str, hooks: Sequence[UpdateHook] = ()) -> ContributorDriver:
-        return ContributorDriver(self._rounds(count, protection, hooks), self.party)
+    def contributor_rounds(
+        self,
+        count: int,
+        *,
+        protection: str,
+        hooks: Sequence[UpdateHook] = (),
+        keep: Mapping[str, Kept] = _NOTHING,
+    ) -> ContributorDriver:
+        return ContributorDriver(self._rounds("contributor", count, protection, hooks, keep), self.party)
 
     def coordinator_rounds(
-        self, count: int, *, protection: str, hooks: Sequence[UpdateHook] = (), keep_terms: bool = False
+        self,
+        count: int,
+        *,
+        protection: str,
+        hooks: Sequence[UpdateHook] = (),
+        keep_terms: bool = False,
+        keep: Mapping[str, Kept] = _NOTHING,
     ) -> CoordinatorDriver:
-        return CoordinatorDriver(self._rounds(count, protection, hooks), keep_terms=keep_terms)
+        return CoordinatorDriver(self._rounds("coordinator", count, protection, hooks, keep), keep_terms=keep_terms)
 
-    def _rounds(self, count: int, protection: str, hooks: Sequence[UpdateHook]) -> Setting:
+    def _rounds(
+        self, side: str, count: int, protection: str, hooks: Sequence[UpdateHook], keep: Mapping[str, Kept]
+    ) -> Setting:
         # Every use is a conversation of its own: a late message of one never counts in the next.
         self._sessions += 1
+        conversation = self.task if self._sessions == 1 else f"{self.task}#{self._sessions}"
         return Setting(
             channel=self._setting.channel,
-            task=self.task if self._sessions == 1 else f"{self.task}#{self._sessions}",
+            task=conversation,
             cohort=self.cohort,
             rounds=count,
             patience=self._setting.patience,
             secure_sum=load_sum(protection),
             emit=self.emit,
             hooks=hooks,
+            protection=protection,
+            account=self._account,
+            journal=self._setting.journal(side, conversation),
+            keep=keep,
         )
 
     def turn(self) -> AbstractContextManager[None]:

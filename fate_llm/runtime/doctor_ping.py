@@ -30,6 +30,8 @@ from typing import Final, Literal
 from fate_llm.core.errors import BadEnvelope, BadSignature
 from fate_llm.security.identity import SIGNATURE_BYTES, Identity, PublicIdentity
 
+from .allowance import Allowance
+
 __all__ = ["LARGEST_PAYLOAD", "PingFrame", "Reply", "Responder", "is_ping_frame", "session_name", "verify_frame"]
 
 LARGEST_PAYLOAD: Final = 2 * 1024 * 1024
@@ -135,24 +137,6 @@ class Reply:
     frame: bytes = field(repr=False)
 
 
-@dataclass(slots=True)
-class _Allowance:
-    """What one asker may still have answered."""
-
-    pings: float
-    bytes: float
-    at: float
-
-    def take(self, size: int, now: float) -> bool:
-        passed, self.at = now - self.at, now
-        self.pings = min(_PINGS_KEPT, self.pings + passed * _PINGS_A_SECOND)
-        self.bytes = min(_BYTES_KEPT, self.bytes + passed * _BYTES_A_SECOND)
-        if self.pings < 1 or self.bytes < size:
-            return False
-        self.pings, self.bytes = self.pings - 1, self.bytes - size
-        return True
-
-
 class Responder:
     """Answers signed pings of the roster's parties, at a bounded rate, and does and says nothing else.
 
@@ -175,7 +159,7 @@ class Responder:
         self._identity, self._party, self._pins = identity, party, pins
         self._roster, self._version = roster, version
         self._clock, self._ticks = clock, ticks
-        self._allowed: dict[str, _Allowance] = {}
+        self._allowed: dict[str, Allowance] = {}
         self._seen: deque[bytes] = deque(maxlen=_NONCES)
 
     def answer(self, sender: str, body: bytes | memoryview) -> Reply | None:
@@ -203,7 +187,9 @@ class Responder:
         if sender not in self._pins or sender == self._party:
             return "from nobody of the roster"
         now = self._ticks()
-        if not self._allowed.setdefault(sender, _Allowance(_PINGS_KEPT, _BYTES_KEPT, now)).take(len(body), now):
+        if sender not in self._allowed:
+            self._allowed[sender] = Allowance(_PINGS_KEPT, _BYTES_KEPT, (_PINGS_A_SECOND, _BYTES_A_SECOND), now)
+        if not self._allowed[sender].take(len(body), now):
             return "too many"
         try:
             ping = PingFrame.parse(body)

@@ -6,10 +6,12 @@
       brokers/<party or "shared">/
           rabbitmq.conf, enabled_plugins, definitions.json, ca.pem, server.pem, server.key
       parties/<party>/
-          party.yaml, federation.yaml, identity.key, broker.password, ca.pem, client.pem, client.key
+          party.yaml, federation.yaml, identity.key, sealing.key, broker.password, ca.pem, client.pem, client.key,
+          policy.yaml, catalog.yaml, api.token: a home, as `trust.home` describes it
 
 One folder of `parties` and, with a broker per party, one of `brokers` goes to each party; all files are for their owner
-only (0600). A party that gave its public identity keeps its key: it puts `identity.key` beside `party.yaml` itself.
+only (0600). A party that gave its public keys keeps the secret ones: it puts `identity.key` and `sealing.key` beside
+`party.yaml` itself.
 """
 
 from __future__ import annotations
@@ -28,9 +30,11 @@ from fate_llm.protocols import broker_layout as layout
 from fate_llm.security.certificates import Authority, make_authority
 from fate_llm.security.identity import Identity
 from fate_llm.security.randomness import random_bytes, random_id
+from fate_llm.security.sealed_box import SealingKey
 
-from .federation import BrokerPlace, Federation, PartySettings, Topology, dump_model, make_federation, write_new
+from .federation import BrokerPlace, Federation, Topology, dump_model, make_federation, write_new
 from .federation_broker import CONFIG_FOLDER, DISK_FREE, BrokerLimits, broker_definitions, broker_plugins, rabbitmq_conf
+from .trust.home import home_files
 
 __all__ = ["SHARED", "Setup", "plan_setup", "set_up", "write_files"]
 
@@ -42,10 +46,14 @@ _PASSWORD = 24  # bytes of randomness
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What is to be set up. quorum: the shared broker has several nodes. valid_days: of all certificates."""
+    """What is to be set up. quorum: the shared broker has several nodes. valid_days: of all certificates.
+
+    identities, sealing: the keys that are made here.
+    """
 
     federation: Federation
     identities: Mapping[str, Identity] = field(default_factory=dict)
+    sealing: Mapping[str, SealingKey] = field(default_factory=dict)
     limits: BrokerLimits = field(default_factory=BrokerLimits)
     quorum: bool = False
     valid_days: int = 825
@@ -63,9 +71,10 @@ def plan_setup(
     config_folder: str = CONFIG_FOLDER,
     disk_free: str = DISK_FREE,
 ) -> Setup:
-    """From what an operator types: parties `ID` or `ID=ed25519:...`, brokers `[PARTY=]HOST[:PORT]`.
+    """From what an operator types: parties `ID` or `ID=ed25519:...[,mlkem768x25519:...]`, and brokers.
 
-    Parties without an identity get a new one. Without `brokers`, a shared broker is on this machine.
+    brokers: `[PARTY=]HOST[:PORT]`; without any, a shared broker is on this machine. Parties without keys get new ones;
+    one that gave an identity alone can run no service.
 
     Raises:
         ConfigurationError: a name, identity or address is wrong, given twice or missing.
@@ -73,16 +82,21 @@ def plan_setup(
     pins = dict.fromkeys(party.partition("=")[0] for party in parties)
     if len(pins) < len(parties):
         raise ConfigurationError("a party is named twice", hint="Give each party once.")
+    if len(pins) < 2:
+        raise ConfigurationError("a federation has at least 2 parties", hint="Alone: fate_llm party init")
     made = {party: Identity.generate() for party in parties if "=" not in party}
-    public = {party: identity.public.to_text() for party, identity in made.items()}
-    given = dict(party.split("=", 1) for party in parties if "=" in party)
+    sealing = {party: SealingKey.generate() for party in made}
+    keys = {p: {"identity": made[p].public.to_text(), "sealing": sealing[p].public.to_text()} for p in made}
+    for party, _, text in (party.partition("=") for party in parties if "=" in party):
+        identity, comma, box = text.partition(",")
+        keys[party] = {"identity": identity, "sealing": box} if comma else {"identity": identity}
     places = _places(tuple(pins), topology, brokers)
     roster = {
         "version": 1,
         "name": name,
         "vhost": f"fate.{name}",
         "topology": topology,
-        "parties": {p: {"identity": (public | given)[p], "broker": places[p]} for p in pins},
+        "parties": {p: {"broker": places[p], **keys[p]} for p in pins},
     }
     if not re.fullmatch(r"/[\w./-]*", config_folder) or not re.fullmatch(r"[0-9]+[kMGT]i?B?", disk_free):
         raise ConfigurationError(
@@ -90,7 +104,7 @@ def plan_setup(
             hint="A folder is an absolute path without spaces; a size is a number with a unit, such as 2GB.",
         )
     limits = BrokerLimits(folder=config_folder, client_certificates=client_certificates, disk_free=disk_free)
-    return Setup(make_federation(roster), made, limits, quorum=nodes > 1, valid_days=valid_days)
+    return Setup(make_federation(roster), made, sealing, limits, quorum=nodes > 1, valid_days=valid_days)
 
 
 def _places(parties: tuple[str, ...], topology: Topology, brokers: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -130,7 +144,6 @@ def set_up(setup: Setup, *, now: datetime) -> dict[str, bytes]:
     for party in federation.members:
         inside = _party(setup, party, passwords[party], authority, now)
         files |= {f"parties/{party}/{name}": content for name, content in inside.items()}
-        files[f"parties/{party}/federation.yaml"] = roster
     for owner, inside in _brokers(setup, passwords, authority, now).items():
         files |= {f"brokers/{owner}/{name}": content for name, content in inside.items()}
     return files
@@ -139,27 +152,26 @@ def set_up(setup: Setup, *, now: datetime) -> dict[str, bytes]:
 def _party(setup: Setup, party: str, password: str, authority: Authority, now: datetime) -> dict[str, bytes]:
     client = authority.issue_client(party, now=now, days=setup.valid_days)
     place = setup.federation.member(party).broker
-    settings = PartySettings(
-        version=1,
-        party=party,
-        federation=Path("federation.yaml"),
-        identity=Path("identity.key"),
-        broker=place.url(party, setup.federation.vhost) + ("?queues=quorum" if setup.quorum else ""),
-        password=Path("broker.password"),
-        ca=Path("ca.pem"),
-        certificate=Path("client.pem"),
-        key=Path("client.key"),
+    settings = {
+        "version": 1,
+        "party": party,
+        "federation": "federation.yaml",
+        "identity": "identity.key",
+        "broker": place.url(party, setup.federation.vhost) + ("?queues=quorum" if setup.quorum else ""),
+        "password": "broker.password",
+        "ca": "ca.pem",
+        "certificate": "client.pem",
+        "key": "client.key",
+    }
+    home = home_files(
+        settings, setup.federation, identity=setup.identities.get(party), sealing=setup.sealing.get(party)
     )
-    files = {
-        "party.yaml": dump_model(settings).encode("utf-8"),
+    return home | {
         "broker.password": f"{password}\n".encode(),
         "ca.pem": authority.pair.certificate,
         "client.pem": client.certificate,
         "client.key": client.key,
     }
-    if party in setup.identities:
-        files["identity.key"] = setup.identities[party].to_bytes()
-    return files
 
 
 def _brokers(

@@ -4,7 +4,8 @@
       manifest.json        status, versions, seeds, digests of pipeline and outputs
       pipeline.yaml        the pipeline as it was resolved
       metrics.json         what `submit` prints as metrics
-      parties/<party>/     log.txt, events.jsonl, metrics.jsonl, <task>/<output>, scratch/<task>/
+      parties/<party>/     log.txt, events.jsonl, metrics.jsonl, <task>/<output>, scratch/<task>/;
+                           of a party that outlives its process: finished.json, ended.json, journal/, link/
 
 JSON files are replaced whole (written beside, then renamed), lines are appended and flushed.
 """
@@ -52,10 +53,11 @@ class PartyFolder:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def clear(self, task: str) -> None:
-        """Remove what an earlier attempt at a task left behind."""
+    def clear(self, task: str, *, scratch: bool = True) -> None:
+        """Remove what an earlier attempt at a task left behind. scratch: also what it keeps for itself."""
         shutil.rmtree(self.path / task, ignore_errors=True)
-        shutil.rmtree(self.path / "scratch" / task, ignore_errors=True)
+        if scratch:
+            shutil.rmtree(self.path / "scratch" / task, ignore_errors=True)
 
     def append(self, file: str, value: Mapping[str, Any]) -> None:
         """Append one JSON line."""

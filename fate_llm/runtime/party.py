@@ -2,10 +2,15 @@
 
 The same code runs in a thread of the local runtime and in a process of a party's service. Whatever ends the work is
 told to the others before this party leaves.
+
+A party that outlives its process (`JobSetting.durable`) notes each finished task on disk, outputs included, before the
+task's messages are acknowledged. A process that is started again skips what is noted, and the rounds of the task in
+which its predecessor died go on from their journal.
 """
 
 from __future__ import annotations
 
+import json
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +24,11 @@ from fate_llm.core.errors import DataError, FateError, InternalError
 from fate_llm.core.values import Artifact, ArtifactKind, Cohort, Role
 
 from .context import JobSetting, TaskContext
+from .journal import has_rounds, replace_json, sync_tree
 
 __all__ = ["Assignment", "InputRef", "PartyRun"]
+
+_NOTES = "finished.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +67,17 @@ class PartyRun:
         self._setting = setting
         self._assignments = tuple(assignments)
         self._finished = finished or {}
+        self._noted: list[str] = []  # tasks that this attempt has finished, as the disk has them
         self.outputs: dict[str, dict[str, Artifact]] = {}
         self.error: FateError | None = None
+        self.failed_task = ""
 
     def run(self) -> None:
         """Run all tasks. Never raises: `error` says how it ended, and the others have been told."""
         channel = self._setting.channel
         current = ""
         try:
+            self._noted = self._read_notes()
             for assignment in self._assignments:
                 current = assignment.task
                 channel.check_cancelled()
@@ -82,7 +93,7 @@ class PartyRun:
             self._end(InternalError(text), current)
 
     def _end(self, error: FateError, task: str) -> None:
-        self.error = error
+        self.error, self.failed_task = error, task
         self._emit(task, "party_failed", code=error.code, message=error.message)
         try:
             self._setting.channel.announce_failure(error, task=task)
@@ -91,10 +102,11 @@ class PartyRun:
 
     def _run_task(self, assignment: Assignment) -> None:
         component = plugins.load("component", assignment.component)()
-        if assignment.task in self._finished:
-            self.outputs[assignment.task] = self._collect(assignment.task, component)
+        if assignment.task in self._finished or assignment.task in self._noted:
+            self._take_over(assignment.task, component)
             return
-        self._setting.folder.clear(assignment.task)
+        folder = self._setting.folder
+        folder.clear(assignment.task, scratch=not has_rounds(folder.path, assignment.task))
         inputs = {port: self._resolve(ref, component.inputs[port].kind) for port, ref in assignment.inputs.items()}
         self._emit(assignment.task, "task_started", component=assignment.component)
         contexts = [
@@ -113,7 +125,34 @@ class PartyRun:
         leave = partial(self._setting.channel.leave, task=assignment.task)
         _together(calls, name=f"{self._setting.party}-{assignment.task}", on_error=leave)
         self.outputs[assignment.task] = self._collect(assignment.task, component)
+        self._note(assignment.task)
         self._emit(assignment.task, "task_finished", outputs=sorted(self.outputs[assignment.task]))
+
+    def _take_over(self, task: str, component: Any) -> None:
+        """A task that was finished before; who watches may not have heard of it."""
+        self.outputs[task] = self._collect(task, component)
+        self._setting.channel.finish_task(task)
+        if task in self._noted:
+            self._emit(task, "task_finished", outputs=sorted(self.outputs[task]))
+
+    def _read_notes(self) -> list[str]:
+        """What this attempt has finished in an earlier process; another attempt's end of a task is not everybody's."""
+        path = self._setting.folder.path / _NOTES
+        if not self._setting.durable or not path.exists():
+            return []
+        notes = json.loads(path.read_text(encoding="utf-8"))
+        return list(notes["tasks"]) if notes["attempt"] == self._setting.attempt else []
+
+    def _note(self, task: str) -> None:
+        """The task has ended: first its outputs are on disk, then the note, then its messages are acknowledged."""
+        if not self._setting.durable:
+            return
+        for artifact in self.outputs[task].values():
+            sync_tree(artifact.path)
+        self._noted.append(task)
+        path = self._setting.folder.path / _NOTES
+        replace_json(path, {"attempt": self._setting.attempt, "tasks": self._noted})
+        self._setting.channel.finish_task(task)
 
     def _collect(self, task: str, component: Any) -> dict[str, Artifact]:
         """The outputs that were written. A party need not write all: an arbiter may have none."""

@@ -1,16 +1,24 @@
-"""One party of a job in a process of its own: `python -m fate_llm.runtime.worker`, started by `runtime.processes`.
+"""One party of a job in a process of its own: `python -m fate_llm.runtime.worker`, started by `runtime.processes` or by
+the party's service.
 
 The first line on stdin is the order (JSON, with this party's secret key: it is never on disk nor on a command line).
-Later lines say `{"cancel": why}` or `{"lost": [party, code, why]}`; the end of stdin means that whoever started us is
-gone, and cancels. On stdout goes one JSON line per event, and as the last one the end. What libraries print goes to
-stderr.
+Later lines say `{"cancel": why}`, `{"lost": [party, code, why]}` (it will not be heard again) or `{"left": party}` (it
+has ended in success and needs nothing more). On stdout goes one JSON line per event, and as the last one the end. What
+libraries print goes to stderr.
+
+An order with `durable` makes a party that outlives its process: killed at any moment and started again with the same
+order, it goes on where it was. `orphan` says what the end of stdin means, that is, the death of whoever started us:
+`cancel` the job, or `exit` at once, to be started again.
 """
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import json
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -20,8 +28,9 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from fate_llm.core.errors import FateError, InternalError
+from fate_llm.core.errors import FateError, InternalError, error_from
 from fate_llm.pipelines.check import check
+from fate_llm.pipelines.schema import PipelineSpec
 from fate_llm.protocols.channel import JobChannel
 from fate_llm.protocols.link import SecureLink, Timing
 from fate_llm.protocols.transports.rabbitmq import BrokerAddress, RabbitTransport
@@ -31,6 +40,7 @@ from .assign import assignments
 from .context import JobSetting
 from .events import Event, EventLog
 from .jobfolder import JobFolder, PartyFolder
+from .journal import replace_json
 from .local import one_malloc_arena
 from .metrics import prometheus_text
 from .party import PartyRun
@@ -40,6 +50,12 @@ __all__ = ["main", "work"]
 
 Say = Callable[[Mapping[str, Any]], None]
 _MILESTONES = frozenset({"task_started", "round_state", "round_closed", "task_finished"})
+_PATIENT = {"meet": 900.0, "silence": 900.0, "linger": 300.0}  # the service says sooner who is lost, and who has left
+_LAST_MAIL = 10.0  # seconds in which what a party that has left had sent may still be on its way
+_LAST_WORDS = 10.0  # seconds without progress in which the others may take our error
+_PREDECESSOR = 30.0  # seconds in which a process that was killed lets go of its folder
+_PR_SET_PDEATHSIG = 1
+_ENDED = "ended.json"
 
 
 def main() -> int:
@@ -56,6 +72,8 @@ def main() -> int:
             return
 
     order = json.loads(sys.stdin.readline())
+    if order.get("orphan") == "exit":
+        _die_with_parent()
     try:
         say({"end": work(order, sys.stdin, say)})
     except FateError as error:
@@ -71,8 +89,12 @@ def work(order: Mapping[str, Any], commands: IO[str], say: Say) -> dict[str, Any
     """Run one party's part; what it ended with, as JSON values."""
     one_malloc_arena()
     spec = check(order["pipeline"])
-    party, base = order["party"], Path(order["base"])
-    folder = JobFolder(Path(order["folder"])).party(party)
+    folder = JobFolder(Path(order["folder"])).party(order["party"])
+    durable, journal = bool(order.get("durable")), folder.path / "link" / str(order["attempt"])
+    known = _ended(folder, order["attempt"]) if durable else None
+    if known is not None and not (journal / "session").exists():
+        shutil.rmtree(folder.path / "link", ignore_errors=True)
+        return known  # killed between its last word to the others and that to who started it
     keep: list[Callable[[], None]] = []
 
     def observe(event: Event) -> None:
@@ -82,40 +104,64 @@ def work(order: Mapping[str, Any], commands: IO[str], say: Say) -> dict[str, Any
                 write()
 
     events = EventLog(now=time.time, observers=(observe,))
-    observer = partial(events.emit, folder, party, "")
-    transport, link, channel = _connect(order, folder, observer)
-    keep.append(partial(_keep_metrics, folder.path / "federation.prom", party, transport, link))
-    threading.Thread(target=_listen, args=(commands, channel, link), name="commands", daemon=True).start()
-    setting = JobSetting(
-        order["job"],
-        party,
-        spec.roster,
-        spec.job.seed,
-        spec.job.round_deadline,
-        base,
-        folder,
-        channel,
-        events,
-        Sharing(FileSlot(Path(order["slot"]))),
-    )
-    run = PartyRun(setting, assignments(spec, base)[party], order["finished"])
-    run.run()
+    _wait_for_predecessor(journal / "session.lock")
+    transport, link, channel = _connect(order, journal, partial(events.emit, folder, order["party"], ""))
+    keep.append(partial(_keep_metrics, folder.path / "federation.prom", order["party"], transport, link))
+    listen = partial(_listen, commands, channel, link, order.get("orphan", "cancel"))
+    threading.Thread(target=listen, name="commands", daemon=True).start()
+    if known is None:
+        known = _run(order, spec, folder, channel, events)
+        if durable:
+            replace_json(folder.path / _ENDED, {"attempt": order["attempt"], "end": known})
+    else:
+        _say_again(channel, known)
+    if known["error"] is not None and durable:
+        _let_go(link)
     channel.close(finished=True)
     shutil.rmtree(folder.path / "link", ignore_errors=True)  # only empty folders are left of the journal
     keep[0]()
     return {
-        "error": None if run.error is None else run.error.as_dict(),
-        "outputs": {task: {name: str(a.path) for name, a in found.items()} for task, found in run.outputs.items()},
+        **known,
         "traffic": {peer: asdict(counters) for peer, counters in channel.counters.items()},
         "link": {peer: asdict(counters) for peer, counters in link.counters.items()},
         "broker": asdict(transport.counters),
     }
 
 
+def _run(
+    order: Mapping[str, Any], spec: PipelineSpec, folder: PartyFolder, channel: JobChannel, events: EventLog
+) -> dict[str, Any]:
+    """Run all tasks; how they ended, and what they left."""
+    base = Path(order["base"])
+    setting = JobSetting(
+        order["job"],
+        order["party"],
+        spec.roster,
+        spec.job.seed,
+        float(order.get("patience", spec.job.round_deadline)),
+        base,
+        folder,
+        channel,
+        events,
+        Sharing(FileSlot(Path(order["slot"]))),
+        attempt=order["attempt"],
+        durable=bool(order.get("durable")),
+        catalog=order.get("catalog", {}),
+    )
+    run = PartyRun(setting, assignments(spec, base)[order["party"]], order["finished"])
+    run.run()
+    return {
+        "error": None if run.error is None else run.error.as_dict(),
+        "failed_task": run.failed_task,
+        "outputs": {task: {name: str(a.path) for name, a in found.items()} for task, found in run.outputs.items()},
+    }
+
+
 def _connect(
-    order: Mapping[str, Any], folder: PartyFolder, observer: Callable[[str, Mapping[str, Any]], None]
+    order: Mapping[str, Any], journal: Path, observer: Callable[[str, Mapping[str, Any]], None]
 ) -> tuple[RabbitTransport, SecureLink, JobChannel]:
     party, job, attempt = order["party"], order["job"], order["attempt"]
+    durable = bool(order.get("durable"))
     roster = {name: PublicIdentity.from_text(text) for name, text in order["roster"].items()}
     transport = RabbitTransport(
         BrokerAddress.from_url(order["broker"]),
@@ -139,19 +185,19 @@ def _connect(
         party=party,
         identity=Identity.from_bytes(bytes.fromhex(order["identity"])),
         roster=roster,
-        folder=folder.path / "link" / str(attempt),
-        timing=Timing(**order.get("timing", {})),
+        folder=journal,
+        timing=Timing(**{**(_PATIENT if durable else {}), **order.get("timing", {})}),
         observer=observer,
         on_gone=on_gone,
     )
-    channel = JobChannel(link, job=job, party=party, members=tuple(roster), observer=observer)
+    channel = JobChannel(link, job=job, party=party, members=tuple(roster), observer=observer, durable=durable)
     made.append(channel)
     for what in tuple(gone):  # before the channel was there
         channel.lost(*what)
     return transport, link, channel
 
 
-def _listen(commands: IO[str], channel: JobChannel, link: SecureLink) -> None:
+def _listen(commands: IO[str], channel: JobChannel, link: SecureLink, orphan: str) -> None:
     for line in commands:
         message = json.loads(line)
         if "cancel" in message:
@@ -160,7 +206,68 @@ def _listen(commands: IO[str], channel: JobChannel, link: SecureLink) -> None:
             party, code, why = message["lost"]
             channel.lost(party, code, why)
             link.forget(party)
+        elif "left" in message:
+            _has_left(message["left"], channel, link)
+    if orphan == "exit":
+        os._exit(1)  # everything is on disk, and whoever comes next starts us again
     channel.cancel("whoever started this party is gone")
+
+
+def _has_left(party: str, channel: JobChannel, link: SecureLink) -> None:
+    """It needs nothing more; what it said last may still wait for us at the broker."""
+    link.forget(party)
+    timer = threading.Timer(_LAST_MAIL, channel.lost, (party, "done", "has finished its part"))
+    timer.daemon = True
+    timer.start()
+
+
+def _ended(folder: PartyFolder, attempt: int) -> dict[str, Any] | None:
+    """How an earlier process of this attempt ended, if it came so far."""
+    path = folder.path / _ENDED
+    if not path.exists():
+        return None
+    note = json.loads(path.read_text(encoding="utf-8"))
+    found: dict[str, Any] = note["end"]
+    return found if note["attempt"] == attempt else None
+
+
+def _say_again(channel: JobChannel, end: Mapping[str, Any]) -> None:
+    """An earlier process had ended, and may not have told everybody."""
+    error = end["error"]
+    if error is None:
+        channel.announce_done()
+    else:
+        known = error_from(error["code"], error["message"], error["hint"])
+        channel.announce_failure(known, task=end["failed_task"])
+
+
+def _let_go(link: SecureLink) -> None:
+    """After an error nobody is waited for who does not take it soon."""
+    link.flush(_LAST_WORDS)
+    for party, waiting in link.unreported().items():
+        if waiting:
+            link.forget(party)
+
+
+def _wait_for_predecessor(lock: Path) -> None:
+    """Give a process that was killed the time to let go of its folder; the link says so when it does not."""
+    until = time.monotonic() + _PREDECESSOR
+    while lock.exists() and time.monotonic() < until:
+        with lock.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.1)
+                continue
+        return
+
+
+def _die_with_parent() -> None:
+    """Linux: the death of the thread that started us kills us, whatever we are doing. Elsewhere the end of stdin has to
+    do.
+    """
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _keep_metrics(path: Path, party: str, transport: RabbitTransport, link: SecureLink) -> None:

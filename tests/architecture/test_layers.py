@@ -35,7 +35,7 @@ THIRD_PARTY = {
         "alembic",
         "fastapi",
         "fsspec",
-        "httpx",
+        "httpx2",
         "matplotlib",
         "numpy",
         "pydantic",
@@ -59,7 +59,7 @@ ONLY_IN = {
     "fastapi": ("runtime/service/",),
     "starlette": ("runtime/service/",),
     "uvicorn": ("runtime/service/",),
-    "httpx": ("runtime/service/client.py",),
+    "httpx2": ("runtime/service/client.py",),
     "fsspec": ("runtime/artifacts/",),
 }
 NEVER = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "jsonpickle"}

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fate_llm.core.errors import RoundTimeout
@@ -105,11 +106,19 @@ class FakeContext:
     def seed(self, *labels: str) -> int:
         return derive_seed(self.job_seed, *labels)
 
-    def contributor_rounds(self, count: int, *, protection: str, hooks: Sequence[Any] = ()) -> Any:
+    def contributor_rounds(
+        self, count: int, *, protection: str, hooks: Sequence[Any] = (), keep: Mapping[str, Any] = MappingProxyType({})
+    ) -> Any:
         raise NotImplementedError("the fake context has no rounds")
 
     def coordinator_rounds(
-        self, count: int, *, protection: str, hooks: Sequence[Any] = (), keep_terms: bool = False
+        self,
+        count: int,
+        *,
+        protection: str,
+        hooks: Sequence[Any] = (),
+        keep_terms: bool = False,
+        keep: Mapping[str, Any] = MappingProxyType({}),
     ) -> Any:
         raise NotImplementedError("the fake context has no rounds")
 

@@ -126,8 +126,7 @@ def test_all_faults_come_at_once_with_their_lines(tmp_path: Path) -> None:
         ("!!python/object:os.system {}", "yaml_tag"),
         ("[]", "mapping"),
         ("", "mapping"),
-        (roster(parties={}), "at least 2"),
-        (roster(parties={"bank-a": roster()["parties"]["bank-a"]}), "at least 2"),
+        (roster(parties={}), "at least 1"),
         (roster(vhost="/"), "vhost"),
         (roster(vhost="a b"), "vhost"),
         (roster(version="1"), "version"),
@@ -283,7 +282,7 @@ def test_a_wrong_party_file_says_what_is_wrong(values: dict[str, Any], said: str
 # --- secrets -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o660, 0o700, 0o400, 0o601])
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o660, 0o700, 0o440, 0o601])
 def test_a_secret_that_others_may_see_is_refused(mode: int, party_folder: Path) -> None:
     settings, _ = load_party(party_folder / "party.yaml")
     for name, read in (("identity.key", settings.load_identity), ("broker.password", settings.load_password)):

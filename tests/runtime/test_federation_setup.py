@@ -61,8 +61,10 @@ def test_every_party_gets_its_own_secrets_and_no_other_s(files: dict[str, bytes]
         settings, federation = load_party(tmp_path / "out" / "parties" / party / "party.yaml")
         assert settings.load_identity().public == federation.member(party).public
         own = {settings.load_identity().to_bytes(), (settings.load_password() or "").encode()}
-        own.add(files[f"parties/{party}/client.key"])
-        assert len(own) == 3 and not own & secrets
+        sealing = settings.load_sealing()
+        assert sealing is not None and sealing.public == federation.member(party).sealing_key
+        own |= {files[f"parties/{party}/client.key"], sealing.to_bytes(), (settings.load_token() or "").encode()}
+        assert len(own) == 5 and not own & secrets
         secrets |= own
         assert settings.broker.startswith(f"amqps://{party}@") and settings.broker.endswith("/fate.loans")
     assert not [name for name in files if name.startswith("parties/") and files[name] == files["authority/ca.key"]]
@@ -105,7 +107,7 @@ def test_two_set_ups_share_no_secret() -> None:
     first, second = (set_up(planned(), now=NOW) for _ in range(2))
     same = {name for name in first if first[name] == second[name]}
     assert same == {f"brokers/shared/{name}" for name in ("rabbitmq.conf", "enabled_plugins")} | {
-        f"parties/{party}/party.yaml" for party in PARTIES
+        f"parties/{party}/{name}.yaml" for party in PARTIES for name in ("party", "policy", "catalog")
     }
 
 

@@ -14,8 +14,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
+from fate_llm.components.hooks.int8 import Int8
 from fate_llm.core import errors
-from fate_llm.core.interfaces import Context, Estimate, Frozen, Keep, PlanView, Port, PredictRule, Replace
+from fate_llm.core.interfaces import Context, Estimate, Frozen, Keep, PlanView, Port, PredictRule, Replace, UpdateHook
 from fate_llm.core.values import Artifact, ArtifactKind, Payload, Role
 
 DATASET, METRICS, REPORT, MODEL = ArtifactKind.DATASET, ArtifactKind.METRICS, ArtifactKind.REPORT, ArtifactKind.MODEL
@@ -185,39 +186,70 @@ class Meeting(_Toy):
         ctx.output("report").write_text(json.dumps(said))
 
 
+class Memory:
+    """What a stepper needs again when it was killed: a running sum, and how often it was moved on."""
+
+    def __init__(self, size: int) -> None:
+        self.values = np.zeros(size, dtype=np.float32)
+
+    def move(self, step: np.ndarray) -> np.ndarray:
+        self.values = self.values * np.float32(0.5) + step
+        return self.values
+
+    def save(self, folder: Path) -> None:
+        (folder / "values").write_bytes(self.values.tobytes())
+
+    def restore(self, folder: Path) -> None:
+        self.values = np.frombuffer((folder / "values").read_bytes(), dtype=np.float32)
+
+
 class Stepper(_Toy):
-    """Federated rounds on one array, as a trainer without a model: `die` kills the process of a party in a round."""
+    """Federated rounds on one array, as a trainer without a model: `die` kills the process of a party in a round.
+
+    Both sides have a momentum, which only the journal brings back; at the end the parties add up a number.
+    """
 
     class Params(Frozen):
         rounds: int = Field(3, description="How many.")
         size: int = Field(4, description="Values of the state.")
         die: str = Field("", description="party/round of the death, in the first attempt only.")
         pause: float = Field(0.0, description="Seconds of work in each round.")
+        encode: bool = Field(False, description="Send terms as int8, whose rounding is kept.")
 
     outputs: ClassVar[Mapping[str, Port]] = {"model": Port(MODEL, "The last state.")}
 
     def guest(self, ctx: Context) -> None:
         params: Stepper.Params = ctx.params
-        rounds = ctx.contributor_rounds(params.rounds, protection="plain")
+        seed, memory = ctx.seed(ctx.task, ctx.party), Memory(params.size)
+        rounds = ctx.contributor_rounds(
+            params.rounds, protection="plain", hooks=self._hooks(ctx), keep={"memory": memory}
+        )
         state = rounds.start({"x": np.zeros(params.size, dtype=np.float32)})
-        seed = ctx.seed(ctx.task, ctx.party)
         for current in rounds:
             with ctx.turn():
                 time.sleep(params.pause)
                 self._maybe_die(ctx, current.number)
                 step = np.random.default_rng([seed, current.number]).normal(size=params.size).astype(np.float32)
-            state = current.contribute({"x": step}, weight=1.0, sums={"count": 1.0}).state
-        ctx.output("model").write_bytes(state["x"].tobytes())
+            state = current.contribute({"x": memory.move(step)}, weight=1.0, sums={"count": 1.0}).state
+        sums = ctx.channel.aggregate("final", {"sum": float(memory.values.sum())}, protection="plain")
+        ctx.output("model").write_bytes(state["x"].tobytes() + json.dumps(sums).encode())
 
     host = guest
 
     def arbiter(self, ctx: Context) -> None:
-        rounds = ctx.coordinator_rounds(ctx.params.rounds, protection="plain")
+        memory = Memory(ctx.params.size)
+        rounds = ctx.coordinator_rounds(
+            ctx.params.rounds, protection="plain", hooks=self._hooks(ctx), keep={"memory": memory}
+        )
         state = rounds.start()
         for current in rounds:
             total = current.collect()
-            state = {name: value + total.mean[name] for name, value in state.items()}
+            state = {"x": state["x"] + memory.move(total.mean["x"])}
             current.publish(state)
+        ctx.channel.aggregate("final", None, protection="plain")
+
+    def _hooks(self, ctx: Context) -> list[UpdateHook]:
+        return [Int8(seed=ctx.seed(ctx.task, ctx.party, "int8"))] if ctx.params.encode else []
 
     def _maybe_die(self, ctx: Context, number: int) -> None:
         marker = ctx.resolve(f"died-{ctx.party}")

@@ -1,4 +1,4 @@
-"""`fate_llm federation`: set a federation up, give parties their place on a broker, start one for development."""
+"""`fate_llm federation`: set one up, add partners, give parties their place on a broker, start one for development."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import signal
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..output import json_option, print_json, reports_errors
+from ..output import home_option, json_option, print_json, reports_errors
+
+if TYPE_CHECKING:
+    from fate_llm.runtime.trust.cards import Card
 
 __all__ = ["COMMAND"]
 
@@ -30,9 +33,9 @@ def federation() -> None:
     "parties",
     multiple=True,
     required=True,
-    metavar="ID[=IDENTITY]",
-    help="A party, at least two. With the public identity that `federation identity` printed there, the party keeps its"
-    " key; without, a key is made here for it.",
+    metavar="ID[=KEYS]",
+    help="A party, at least two. With the public keys that `federation identity` printed there, the party keeps its"
+    " secret ones; without, keys are made here for it.",
 )
 @click.option(
     "--topology",
@@ -86,22 +89,97 @@ def init(folder: Path, as_json: bool, **options: Any) -> None:
 @click.option(
     "--out", "path", type=_PATH, default=Path("identity.key"), show_default=True, help="The key file to make."
 )
+@click.option("--sealing", type=_PATH, help="The sealing key to make.  [default: sealing.key beside it]")
 @json_option
 @reports_errors
-def identity(path: Path, as_json: bool) -> None:
-    """Make this party's identity key, and print the public half for `federation init --party ID=IDENTITY`."""
+def identity(path: Path, sealing: Path | None, as_json: bool) -> None:
+    """Make this party's keys, and print the public halves for `federation init --party ID=KEYS`."""
+    from fate_llm.core.errors import ConfigurationError
     from fate_llm.runtime.federation import write_new
     from fate_llm.security.identity import Identity
+    from fate_llm.security.sealed_box import SealingKey
 
-    made = Identity.generate()
+    made, box = Identity.generate(), SealingKey.generate()
+    sealing = sealing or path.with_name("sealing.key")
+    for file in (path, sealing):
+        if file.exists() or path == sealing:  # before anything is written: both or none
+            raise ConfigurationError(f"{file} exists, and is not overwritten", hint="Name another place.")
     write_new(path, made.to_bytes())
+    write_new(sealing, box.to_bytes())
+    public = made.public.to_text(), box.public.to_text()
     if as_json:
-        found = {"file": str(path), "identity": made.public.to_text(), "fingerprint": made.public.fingerprint}
-        print_json(found)
+        files = {"file": str(path), "sealing_file": str(sealing)}
+        print_json({**files, "identity": public[0], "sealing": public[1], "fingerprint": made.public.fingerprint})
         return
-    click.echo(f"written to {path}; keep it safe and secret: whoever has it is this party")
+    click.echo(f"written to {path} and {sealing}; keep them safe and secret: whoever has them is this party")
     click.echo(f"fingerprint  {made.public.fingerprint}")
-    click.echo(made.public.to_text())
+    click.echo(",".join(public))
+
+
+@federation.command("add")
+@click.argument("card", type=click.File("r", encoding="utf-8"))
+@home_option
+@click.option("--yes", metavar="FINGERPRINT", help="Do not ask: this is the fingerprint that its people told us.")
+@click.option("--replace", is_flag=True, help="The party is known, and has new keys or another broker.")
+@json_option
+@reports_errors
+def add(card: Any, home: Path, yes: str | None, replace: bool, as_json: bool) -> None:
+    """Pin a partner's CARD (a file, or - for stdin) into our roster.
+
+    The fingerprint is compared with what the partner's people read out over the phone: that makes the card theirs.
+    """
+    from fate_llm.core.errors import ConfigurationError
+    from fate_llm.runtime.trust.cards import parse_card, pin, same_fingerprint
+    from fate_llm.runtime.trust.home import open_home
+
+    found = open_home(home)
+    read = parse_card(_text(card), card.name)
+    if yes is None:
+        if as_json:
+            raise ConfigurationError("--json asks nobody", hint="Give --yes FINGERPRINT, as its people told it to you.")
+        _ask(read)
+    elif not same_fingerprint(yes, read.fingerprint):
+        raise ConfigurationError(
+            f"the card of {read.party} has the fingerprint {read.fingerprint}, not {yes}; nothing was changed",
+            hint="Ask its people again, by phone: this may be somebody else's card.",
+        )
+    known = read.party in found.federation.parties
+    after = pin(found.settings.federation, read, me=found.party, replace=replace)
+    if as_json:
+        print_json({"party": read.party, "fingerprint": read.fingerprint, "new": not known, **_roster_facts(after)})
+        return
+    same = after == found.federation
+    click.echo(f"{read.party} {'is pinned already' if same else 'is pinned'} in {found.settings.federation}")
+    click.echo(
+        f"digest {after.digest()}  of {len(after.members)} parties; the same at every party once all have all cards"
+    )
+    if not same:
+        click.echo("next: its place at the broker (fate_llm federation grant), then fate_llm doctor --as party.yaml")
+
+
+def _text(card: Any) -> str:
+    from fate_llm.core.errors import ConfigurationError
+
+    try:
+        return str(card.read(64 * 1024))
+    except (OSError, UnicodeDecodeError):
+        raise ConfigurationError(f"the card {card.name} cannot be read as text", hint="Name a file of text.") from None
+
+
+def _ask(card: Card) -> None:
+    """Show a card, and go on only if a person says that it is the partner's."""
+    from fate_llm.core.errors import JobCancelled
+
+    place = card.member.broker
+    click.echo(f"party        {card.party}   (fate_llm {card.program})")
+    click.echo(f"broker       {place.host}:{place.port}")
+    click.echo(f"fingerprint  {card.fingerprint}")
+    try:
+        sure = click.confirm("Is that the fingerprint that its people read out to you?")
+    except click.Abort:
+        sure = False
+    if not sure:
+        raise JobCancelled("nothing was changed", hint="Ask its people by phone: fate_llm party card shows it there.")
 
 
 @federation.command("show")
@@ -218,6 +296,8 @@ def dev_broker(folder: Path | None, port: int | None, as_json: bool) -> None:
 
 
 def _roster_facts(roster: Any) -> dict[str, Any]:
+    from fate_llm.runtime.trust.cards import fingerprint_of
+
     return {
         "name": roster.name,
         "topology": roster.topology,
@@ -227,6 +307,8 @@ def _roster_facts(roster: Any) -> dict[str, Any]:
             party: {
                 "identity": member.identity,
                 "fingerprint": member.public.fingerprint,
+                "sealing": member.sealing,
+                "card": fingerprint_of(party, member, roster),
                 "broker": member.broker.model_dump(),
             }
             for party, member in roster.parties.items()
@@ -235,10 +317,16 @@ def _roster_facts(roster: Any) -> dict[str, Any]:
 
 
 def _show_roster(roster: Any) -> None:
+    from fate_llm.runtime.trust.cards import fingerprint_of
+
     click.echo(f"federation {roster.name}: {roster.topology}, virtual host {roster.vhost}")
     click.echo(f"digest {roster.digest()}")
     for party, member in roster.parties.items():
-        click.echo(f"  {party}  {member.broker.host}:{member.broker.port}  {member.public.fingerprint}")
+        click.echo(f"  {party}  {member.broker.host}:{member.broker.port}")
+        click.echo(f"    card  {fingerprint_of(party, member, roster)}")
+        click.echo(f"    key   {member.public.fingerprint}")
+        if member.sealing is None:
+            click.echo("    no sealing key: it runs no service")
 
 
 COMMAND = federation

@@ -15,6 +15,7 @@ Rules:
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,11 +25,13 @@ from fate_llm.core.errors import ConfigurationError, PeerViolation, ProtectionEr
 from fate_llm.core.interfaces import Form, Frozen, HookStage, WireHook
 from fate_llm.core.seeds import derive_seed
 from fate_llm.core.values import Array, Payload
+from fate_llm.protocols.tensors import read_tensors, write_tensors
 
 __all__ = ["BLOCK", "PLUGIN", "Int8", "scales_name"]
 
 BLOCK = 4096  # values that share a scale: 4 bytes in 4,096
 _STEPS = 127
+_FILE = "residual.safetensors"
 _AT_ONCE = 256 * BLOCK  # values rounded at a time, so that what is in between stays in the cache
 _FLOAT32: np.dtype[Any] = np.dtype(np.float32)
 _INT8: np.dtype[Any] = np.dtype(np.int8)
@@ -80,6 +83,14 @@ class Int8(WireHook):
     def settle(self, *, counted: bool) -> None:
         if counted and self._pending:
             self._kept = self._pending
+        self._pending = {}
+
+    def save(self, folder: Path) -> None:
+        """Write down what was rounded away so far (see `core.interfaces.Kept`); the layout is that of float32 terms."""
+        (folder / _FILE).write_bytes(b"".join(write_tensors(self._kept)))
+
+    def restore(self, folder: Path) -> None:
+        self._kept = read_tensors(memoryview((folder / _FILE).read_bytes()))
         self._pending = {}
 
     def decode(self, payload: Payload, form: Form) -> Payload:

@@ -6,7 +6,7 @@ Names on the wire and on disk are peft's: `base_model.model.<module>.lora_A.weig
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +18,7 @@ from fate_llm.core.interfaces import Frozen
 from fate_llm.core.values import Array, Arrays, require_same_layout
 
 from .modelref import ModelRef, ModelShapes, default_targets
+from .zero import load_zero, read_zero
 
 if TYPE_CHECKING:
     import torch
@@ -99,20 +100,28 @@ def _targets(model: PreTrainedModel, settings: PeftSettings) -> frozenset[str]:
 
 
 class Trainable:
-    """The trainable parameters of a model by wire name, with direct references: reading and loading take about 1 ms."""
+    """The trainable parameters of a model by wire name, with direct references: reading and loading take about 1 ms.
 
-    def __init__(self, model: Module) -> None:
-        self._parameters: dict[str, torch.nn.Parameter] = {
-            _wire_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad
-        }
-        if not self._parameters:
+    engine: the DeepSpeed engine that holds the parameters from the moment it exists, see `zero`.
+    """
+
+    def __init__(self, model: Module, engine: Callable[[], Any] = lambda: None) -> None:
+        found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if not found:
             raise ModelError("nothing in this model is trainable")
+        self.engine = engine
+        self._parameters: dict[str, torch.nn.Parameter] = {_wire_name(name): p for name, p in found.items()}
+        self._names = {_wire_name(name): name for name in found}
+        self._layout = {name: np.empty(tuple(p.shape), dtype=np.uint8) for name, p in self._parameters.items()}
 
     def read(self) -> dict[str, Array]:
         """A float32 copy of every trainable parameter."""
         import torch
 
-        return {name: p.detach().to("cpu", torch.float32, copy=True).numpy() for name, p in self._parameters.items()}
+        values = self._parameters.items()
+        if self.engine() is not None:
+            return {name: read_zero(p).to("cpu", torch.float32, copy=True).numpy() for name, p in values}
+        return {name: p.detach().to("cpu", torch.float32, copy=True).numpy() for name, p in values}
 
     def difference(self, state: Arrays) -> dict[str, Array]:
         """Parameters minus `state`, float32 by name."""
@@ -126,11 +135,23 @@ class Trainable:
         """
         import torch
 
-        mine = {name: np.empty(tuple(p.shape), dtype=np.uint8) for name, p in self._parameters.items()}
-        require_same_layout(mine, state, what="loading a state")
+        require_same_layout(self._layout, state, what="loading a state")
+        values = {name: torch.from_numpy(np.array(state[name], dtype=np.float32)) for name in self._parameters}
+        if (engine := self.engine()) is not None:
+            load_zero(engine, list(self._parameters.values()), list(values.values()))
+            return
         with torch.no_grad():
             for name, parameter in self._parameters.items():
-                parameter.copy_(torch.from_numpy(np.array(state[name], dtype=np.float32)))
+                parameter.copy_(values[name])
+
+    def tensors(self, state: Arrays) -> dict[str, torch.Tensor]:
+        """`state` as the model's own `state_dict` would name and type it, without touching the model."""
+        import torch
+
+        return {
+            self._names[name]: torch.from_numpy(np.array(state[name], dtype=np.float32)).to(parameter.dtype)
+            for name, parameter in self._parameters.items()
+        }
 
 
 def _wire_name(name: str) -> str:
@@ -168,14 +189,18 @@ def planned_layout(shapes: ModelShapes, settings: PeftSettings) -> dict[str, tup
 # --- on disk -----------------------------------------------------------------------------------------------------
 
 
-def save_model(model: Any, folder: Path, tokenizer: Any) -> None:
-    """An ordinary PEFT folder, or a Hugging Face model folder with its tokenizer."""
+def save_model(model: Any, folder: Path, tokenizer: Any, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+    """An ordinary PEFT folder, or a Hugging Face model folder with its tokenizer.
+
+    weights: what is trained, by the model's own names (`Trainable.tensors`); what the model holds when left out.
+    """
+    state = {} if weights is None else {"state_dict": dict(weights)}
     if hasattr(model, "peft_config"):
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+        model.save_pretrained(str(folder), save_embedding_layers=False, **state)
         (folder / "README.md").unlink(missing_ok=True)  # an empty form that peft leaves behind
         _sort_config(folder / "adapter_config.json")
     else:
-        model.save_pretrained(str(folder))
+        model.save_pretrained(str(folder), **state)
         tokenizer.save_pretrained(str(folder))
 
 

@@ -6,18 +6,23 @@ but sums of losses and counts of tokens leaves a party, inside the same protecte
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from fate_llm.core.values import Arrays
+from fate_llm.core.values import Array, Arrays
+from fate_llm.protocols.tensors import read_tensors, write_tensors
 
 from .training import Meter, RoundLog
 
 __all__ = ["EarlyStopping", "History", "test_loss"]
 
 Score = Callable[[], tuple[float, int]]
+_STOPPING, _HISTORY = "stopping.json", "history.json"
+_BEST, _PENDING = "best.safetensors", "evaluated.safetensors"
 
 
 def test_loss(sums: Mapping[str, float]) -> float | None:
@@ -28,7 +33,10 @@ def test_loss(sums: Mapping[str, float]) -> float | None:
 
 @dataclass(slots=True)
 class EarlyStopping:
-    """Stop after `patience` evaluations in a row whose loss did not fall by `least`; patience 0: never."""
+    """Stop after `patience` evaluations in a row whose loss did not fall by `least`; patience 0: never.
+
+    Satisfies `core.interfaces.Kept`.
+    """
 
     patience: int
     least: float
@@ -46,6 +54,13 @@ class EarlyStopping:
             self.waited += 1
         return self.waited >= self.patience
 
+    def save(self, folder: Path) -> None:
+        _write_json(folder / _STOPPING, {"best": self.best.hex(), "waited": self.waited})
+
+    def restore(self, folder: Path) -> None:
+        found = _read_json(folder / _STOPPING)
+        self.best, self.waited = float.fromhex(found["best"]), int(found["waited"])
+
 
 @dataclass(slots=True)
 class _Evaluated:
@@ -57,7 +72,10 @@ class _Evaluated:
 
 @dataclass(slots=True)
 class History:
-    """One contributor's record of the rounds. rows: one per finished round; row 0 is the first state."""
+    """One contributor's record of the rounds. rows: one per finished round; row 0 is the first state.
+
+    Satisfies `core.interfaces.Kept`: the evaluation that has not been sent yet is kept with the rest.
+    """
 
     rows: list[dict[str, Any]] = field(default_factory=lambda: [{"round": 0}])
     best_loss: float = math.inf
@@ -103,3 +121,42 @@ class History:
                 row["test_loss"] = round(loss, 6)
         if loss < self.best_loss:
             self.best_loss, self.best_round, self.best_state = loss, evaluated.number, evaluated.state
+
+    def save(self, folder: Path) -> None:
+        evaluated = self._evaluated
+        if self.best_state is not None:
+            _write_state(folder / _BEST, self.best_state)
+        if evaluated is not None:
+            _write_state(folder / _PENDING, evaluated.state)
+        found: dict[str, Any] = {"rows": self.rows, "best_loss": self.best_loss.hex(), "best_round": self.best_round}
+        if evaluated is not None:
+            found["evaluated"] = [evaluated.number, evaluated.loss_sum.hex(), evaluated.tokens]
+        _write_json(folder / _HISTORY, found)
+
+    def restore(self, folder: Path) -> None:
+        found = _read_json(folder / _HISTORY)
+        self.rows = found["rows"]
+        self.best_loss, self.best_round = float.fromhex(found["best_loss"]), found["best_round"]
+        self.best_state = _read_state(folder / _BEST) if self.best_round is not None else None
+        self._evaluated = None
+        if "evaluated" in found:
+            number, loss_sum, tokens = found["evaluated"]
+            self._evaluated = _Evaluated(number, _read_state(folder / _PENDING), float.fromhex(loss_sum), tokens)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write_state(path: Path, state: Arrays) -> None:
+    with path.open("wb") as stream:
+        for part in write_tensors(state):
+            stream.write(part)
+
+
+def _read_state(path: Path) -> dict[str, Array]:
+    return read_tensors(memoryview(path.read_bytes()))

@@ -28,9 +28,18 @@ class ModelRef(Frozen):
         None,
         pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
         description="An installed Python package with one GGUF file in it.",
+        json_schema_extra={"resource": "model", "names": "package"},
     )
-    path: str | None = Field(None, description="A Hugging Face model folder or a GGUF file on this party's disk.")
-    hub: str | None = Field(None, description="A name on the Hugging Face hub, where there is a network.")
+    path: str | None = Field(
+        None,
+        description="A Hugging Face model folder or a GGUF file on this party's disk, or `catalog:NAME`.",
+        json_schema_extra={"resource": "model"},
+    )
+    hub: str | None = Field(
+        None,
+        description="A name on the Hugging Face hub, where there is a network.",
+        json_schema_extra={"resource": "model", "names": "hub"},
+    )
     revision: str | None = Field(None, description="Commit or tag on the hub.")
 
     @model_validator(mode="after")

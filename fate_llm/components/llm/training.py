@@ -20,6 +20,8 @@ from fate_llm.core.interfaces import Context, ContributorRound
 from fate_llm.core.values import Arrays, RoundResult
 
 from .adapters import Trainable
+from .checkpoint import Checkpoint, EpochStart
+from .ranks import Ranks
 from .templates import Encoded, collate
 from .turns import Turns
 
@@ -81,7 +83,8 @@ class Synchroniser:
     """Exchanges the trainable parameters at the end of a round's local work.
 
     weigh: the weight of this party's update, from what it trained on. sums: additive numbers to send along.
-    after: told of every finished round, with the new global state loaded.
+    after: told of every finished round, with the new global state loaded. journals: a round is finished in two steps,
+    so that what is kept of it is written in between.
     """
 
     rounds: Iterator[ContributorRound]
@@ -89,20 +92,22 @@ class Synchroniser:
     state: Arrays
     meter: Meter
     turns: Turns
+    ranks: Ranks
     weigh: Callable[[Meter], float]
     sums: Callable[[Meter], dict[str, float]]
     after: Callable[[RoundLog, Arrays], None]
+    journals: bool = False
     current: ContributorRound | None = field(init=False)
     behind: int = 0
 
     def __post_init__(self) -> None:
         self.current = next(self.rounds, None)
 
-    def synchronise(self) -> bool:
-        """End the present round; True when there is another. `behind` is how many rounds ended without us."""
+    def exchange(self) -> None:
+        """Contribute to the present round and load what comes back. `behind`: how many rounds ended without us."""
         assert self.current is not None
         number = self.current.number
-        local = self.meter.take()
+        local = self._local()
         update = self.trainable.difference(self.state)
         sums = self.sums(local)
         with self.turns.pause():
@@ -112,47 +117,80 @@ class Synchroniser:
         self.state = result.state
         self.trainable.load(result.state)
         self.after(RoundLog(result.number, local, result.sums, result.contributors), result.state)
+
+    def advance(self) -> bool:
+        """The present round is finished, and what is kept of it is written; True when there is another."""
         self.current = next(self.rounds, None)
         return self.current is not None
+
+    def _local(self) -> Meter:
+        """What all ranks of this party have trained on."""
+        mine = self.meter.take()
+        loss_sum, tokens, records = self.ranks.total([mine.loss_sum, mine.tokens, mine.records])
+        return Meter(loss_sum, int(tokens), int(records), mine.last_loss)
 
     def _contribute(self, update: Arrays, weight: float, sums: dict[str, float]) -> RoundResult:
         assert self.current is not None
         return self.current.contribute(update, weight=weight, sums=sums)
 
 
-def make_callback(ctx: Context, synchroniser: Synchroniser, schedule: Schedule) -> TrainerCallback:
-    """The Trainer callback: cancels, reports steps, and synchronises when a round's local work is done."""
+def make_callback(
+    ctx: Context, synchroniser: Synchroniser, schedule: Schedule, checkpoint: Checkpoint, epoch: EpochStart
+) -> TrainerCallback:
+    """The Trainer callback: cancels, reports steps, and synchronises when a round's local work is done.
+
+    With a journal the Trainer writes its checkpoint after the exchange, and only then the round is finished.
+    """
     from transformers import TrainerCallback as Base
 
     class Synchronise(Base):
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            epoch.begin()
+
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             ctx.check_cancelled()
             current = synchroniser.current
             ctx.emit(
                 "step",
-                step=state.global_step,
+                step=state.global_step + checkpoint.skipped,
                 steps=state.max_steps,
                 round=current.number if current else schedule.rounds,
                 rounds=schedule.rounds,
                 loss=round(synchroniser.meter.last_loss, 4),
             )
+            if _epoch_is_over(state):
+                synchroniser.ranks.same_random_state()
             if schedule.steps is not None and state.global_step % schedule.steps == 0:
-                self._end_round(state, control, kwargs["lr_scheduler"])
+                self._end_round(control, kwargs["lr_scheduler"])
 
         def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if schedule.epochs is not None and round(state.epoch) % schedule.epochs == 0:
-                self._end_round(state, control, kwargs["lr_scheduler"])
+                self._end_round(control, kwargs["lr_scheduler"])
 
-        def _end_round(self, state: Any, control: Any, lr_scheduler: Any) -> None:
-            if not synchroniser.synchronise():
-                control.should_training_stop = True
-                return
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if synchroniser.ranks.first:
+                epoch.save(folder, over=_epoch_is_over(state))
+                checkpoint.wrote(folder)
+            control.should_training_stop = not synchroniser.advance()
+
+        def _end_round(self, control: Any, lr_scheduler: Any) -> None:
+            synchroniser.exchange()
             # Rounds that ended without us: the schedule goes on as if we had trained, so that it ends with the job.
             for _ in range(synchroniser.behind * (schedule.steps or 0)):
                 lr_scheduler.step()
-                state.global_step += 1
+                checkpoint.skipped += 1
+            if synchroniser.journals:
+                control.should_save = True
+            elif not synchroniser.advance():
+                control.should_training_stop = True
 
     return Synchronise()
+
+
+def _epoch_is_over(state: Any) -> bool:
+    """Whether the step that has just ended is the last of its epoch."""
+    return float(state.epoch).is_integer()
 
 
 class _Rows:
@@ -190,10 +228,18 @@ def make_trainer(
             result = super().compute_loss(model, inputs, *args, **kwargs)
             loss = result[0] if isinstance(result, tuple) else result
             tokens = int((inputs["labels"][:, 1:] != -100).sum())
-            window = kwargs.get("num_items_in_batch")
-            per = float(window) if window is not None else tokens
+            window = kwargs.get("num_items_in_batch")  # loss tokens of the whole optimizer step, of all ranks
+            per = float(window) / self.accelerator.num_processes if window is not None else tokens
             meter.add(float(loss.detach()) * per, tokens, len(inputs["labels"]))
             return result
+
+        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+            """Only what is trained, without asking a hub about the rest. DeepSpeed writes its own beside it."""
+            if self.is_deepspeed_enabled or not self.args.should_save:
+                return
+            trained: Any = self.model
+            weights = {"save_embedding_layers": False} if hasattr(trained, "peft_config") else {}
+            trained.save_pretrained(str(output_dir), **weights)
 
     options: dict[str, Any] = {
         "output_dir": str(folder),

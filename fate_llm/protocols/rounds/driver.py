@@ -1,16 +1,19 @@
 """The driver of the rounds: lends the pure machines a channel and a clock, and runs the hooks.
 
 A component iterates over rounds and calls `contribute` or `collect` and `publish`; everything about
-deadlines, quorum, late parties and protection happens behind these three.
+deadlines, quorum, late parties, protection and journals happens behind these three.
+
+Where there is a journal, a contributor commits the state it begins with, and each round when its loop asks for the next
+one; the coordinator commits before it tells anybody of a round's state. `docs/explanation/rounds.md` says what happens after a kill at any moment.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fate_llm.core.errors import InternalError, PeerFailed, PeerViolation
-from fate_llm.core.interfaces import SecureSum, UpdateHook
+from fate_llm.core.interfaces import Kept, RoundJournal, Saved, SecureSum, UpdateHook
 from fate_llm.core.values import (
     Arrays,
     Cohort,
@@ -22,6 +25,8 @@ from fate_llm.core.values import (
 )
 
 from ..channel import JobChannel, Left
+from ..ledger import Account
+from .keeper import JOINED, Keeper, kept_objects
 from .machine import (
     ANSWER,
     HELLO,
@@ -44,6 +49,8 @@ from .machine import (
     Offer,
     Publish,
     Ready,
+    Rejoin,
+    Resume,
     RoundDone,
     Tell,
     Tick,
@@ -61,7 +68,9 @@ class Setting:
     """What both sides of one task's rounds need.
 
     patience: seconds a round may stay open at the coordinator. hooks: in any order; they run by their stage.
-    emit: told of `round_state`, `round_closed` and `ignored`, nothing private.
+    emit: told of `round_state`, `round_closed`, `resumed` and `ignored`, nothing private. protection: the name of
+    secure_sum, for the record. account: of this party in this role, on a durable channel. journal, keep: where finished
+    rounds are written down, and what goes there besides.
     """
 
     channel: JobChannel
@@ -72,12 +81,35 @@ class Setting:
     secure_sum: SecureSum
     emit: Emit
     hooks: Sequence[UpdateHook] = ()
+    protection: str = ""
+    account: Account | None = None
+    journal: RoundJournal | None = None
+    keep: Mapping[str, Kept] = field(default_factory=dict)
 
     def ordered_hooks(self) -> list[UpdateHook]:
         return sorted(self.hooks, key=lambda hook: hook.stage)
 
+    def keeper(self) -> Keeper:
+        kept = kept_objects(self.keep, self.ordered_hooks()) if self.journal is not None else {}
+        return Keeper(self.channel, self.task, self.account, self.journal, kept)
+
     def tell(self, action: Tell) -> None:
-        self.channel.send(action.receiver, task=self.task, kind=action.kind, payload=action.payload, round=action.round)
+        self.channel.send(
+            action.receiver,
+            task=self.task,
+            kind=action.kind,
+            payload=action.payload,
+            round=action.round,
+            protection=self._label(action),
+            account=self.account,
+        )
+
+    def _label(self, action: Tell) -> str:
+        """How what it carries is protected: nothing is before the first round."""
+        if action.kind == HELLO or action.round == 0:
+            return ""
+        wire = [type(hook).__name__.lower() for hook in self.ordered_hooks() if hook.stage.on_the_wire]
+        return "+".join([self.protection, *(wire if action.kind == TERM else ())])
 
 
 class CoordinatorDriver:
@@ -89,9 +121,16 @@ class CoordinatorDriver:
         self._machine = CoordinatorMachine(
             setting.cohort, setting.rounds, setting.patience, secure_sum, keep_terms=keep_terms
         )
+        self._keeper = setting.keeper()
+
+    @property
+    def sums(self) -> dict[str, float]:
+        """The additive numbers of the last round that was published."""
+        return dict(self._machine.news.fields["sums"])
 
     def start(self) -> Arrays:
-        """Wait for the contributors; the first global state.
+        """Wait for the contributors; the first global state. After a kill: the last one that may have been published,
+        which everybody is told again.
 
         Raises:
             QuorumLost: too few came in time, or not the one that brings the state.
@@ -99,9 +138,32 @@ class CoordinatorDriver:
         """
         if self._machine.phase is not CoordinatorPhase.STARTING:
             raise InternalError(f"the rounds have been started: it is {self._present()}")
+        saved = self._keeper.open()
+        if saved is not None:
+            return self._resume(saved)
         begin = self._run_until(Begin)
         assert isinstance(begin, Begin)
         return begin.state
+
+    def _resume(self, saved: Saved) -> Arrays:
+        setting, fields = self._setting, saved.fields
+        resume = Resume(
+            saved.number,
+            saved.tensors,
+            fields["sums"],
+            tuple(fields["contributors"]),
+            fields["stop"],
+            fields["layouts"],
+            {party: left.reason for party, left in setting.channel.left.items()},
+        )
+        setting.emit("resumed", round=saved.number, rounds=setting.rounds)
+        self._apply(self._handle(resume))
+        return saved.tensors
+
+    def _commit(self, number: int) -> None:
+        """What everybody is told next is on disk before: it is never told differently."""
+        news = self._machine.news
+        self._keeper.commit(number, {**news.fields, "layouts": dict(self._machine.layouts)}, news.tensors)
 
     def __iter__(self) -> Iterator[_CoordinatorRound]:
         while self._machine.phase in (CoordinatorPhase.OPEN, CoordinatorPhase.SUMMED):
@@ -137,7 +199,9 @@ class CoordinatorDriver:
         if not self._is_at(number, CoordinatorPhase.SUMMED):
             raise InternalError(f"round {number} cannot be published: it is {self._present()}")
         require_finite(state, what="the new global state")
-        self._apply(self._handle(Publish(state, stop)))
+        actions = self._handle(Publish(state, stop))
+        self._commit(number)
+        self._apply(actions)
 
     def _run_until(self, wanted: type[Begin | Collected]) -> Action:
         """Feed the machine from the channel until it asks for `wanted`."""
@@ -160,6 +224,7 @@ class CoordinatorDriver:
                 senders=setting.cohort.contributors,
                 deadline=machine.deadline,
                 known_left=machine.gone,
+                account=setting.account,
             )
             event: CoordinatorEvent
             if message is None:
@@ -180,8 +245,10 @@ class CoordinatorDriver:
     def _apply(self, actions: list[Action], wanted: type | None = None) -> Action | None:
         found: Action | None = None
         for action in actions:
+            if isinstance(action, Begin):
+                self._commit(0)
             if isinstance(action, Tell):
-                self._setting.tell(action)
+                self._tell(action)
             elif isinstance(action, Failed):
                 raise action.error
             elif isinstance(action, Ignored):
@@ -189,6 +256,12 @@ class CoordinatorDriver:
             elif wanted is not None and isinstance(action, wanted):
                 found = action
         return found
+
+    def _tell(self, action: Tell) -> None:
+        try:
+            self._setting.tell(action)
+        except PeerFailed as error:  # the machine hears that it has left with the next wait
+            _report(self._setting, Ignored(action.receiver, action.round, error.message))
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,26 +287,61 @@ class ContributorDriver:
         secure_sum = self._wire.around(setting.secure_sum, lambda: self._machine.number)
         self._machine = ContributorMachine(setting.cohort, me, setting.rounds, secure_sum)
         self._state: Arrays = {}
+        self._keeper = setting.keeper()
+        self._resumed = 0
+        self._finished: RoundResult | None = None  # and not committed
+        self.sums: Mapping[str, float] = {}  # of the last round that is known
+
+    @property
+    def journals(self) -> bool:
+        """Whether this party goes on from its last finished round when it is killed."""
+        return self._keeper.journals
+
+    @property
+    def resumed(self) -> int:
+        """The round that this run went on after; 0 when it began anew."""
+        return self._resumed
 
     def start(self, state: Arrays) -> Arrays:
-        """Offer this party's first state; the agreed one (the first contributor's) comes back.
+        """Offer this party's first state; the agreed one (the first contributor's) comes back. After a kill: the state
+        of the last round that this party had finished.
 
         Raises:
             PeerFailed: the coordinator ended. RoundTimeout, MessageLost: it did not answer. JobCancelled.
         """
         require_finite(state, what="the first state")
+        saved = self._keeper.open()
+        if saved is not None:
+            return self._rejoin(state, saved)
         pending = self._machine.handle(Join(state))
         ready = self._run_until(pending, Ready, "the first global state")
         assert isinstance(ready, Ready)
         require_same_layout(state, ready.state, what="the first global state")
-        self._state = ready.state
+        self._state, self.sums = ready.state, ready.sums
+        # The state to begin with is told once: a coordinator that is killed tells only the last one again.
+        over = self._machine.phase is ContributorPhase.FINISHED
+        self._keeper.commit(ready.finished, {"over": over, "sums": dict(ready.sums), JOINED: True}, ready.state)
         return ready.state
+
+    def _rejoin(self, state: Arrays, saved: Saved) -> Arrays:
+        require_same_layout(state, saved.tensors, what="the state in the journal")
+        self._machine.handle(Rejoin(saved.number, saved.tensors, saved.fields["over"]))
+        self._state, self.sums = saved.tensors, saved.fields["sums"]
+        self._resumed = 0 if saved.fields.get(JOINED) else saved.number
+        self._setting.emit("resumed", round=saved.number, rounds=self._setting.rounds)
+        return saved.tensors
+
+    def _commit(self) -> None:
+        finished, self._finished = self._finished, None
+        if finished is not None:
+            self._keeper.commit(finished.number, {"over": finished.stop, "sums": dict(self.sums)}, finished.state)
 
     def __iter__(self) -> Iterator[_ContributorRound]:
         while self._machine.phase is not ContributorPhase.FINISHED:
             if self._machine.phase is not ContributorPhase.TRAINING:
                 raise InternalError(f"rounds cannot go on while {self._machine.phase}: call start, then contribute")
             yield _ContributorRound(self, self._machine.number)
+            self._commit()
 
     def _contribute(self, number: int, arrays: Arrays, weight: float, sums: Mapping[str, float]) -> RoundResult:
         if self._machine.phase is not ContributorPhase.TRAINING or self._machine.number != number:
@@ -251,7 +359,7 @@ class ContributorDriver:
         done = self._run_until(pending, RoundDone, f"the global state of round {number}")
         assert isinstance(done, RoundDone)
         self._wire.settle(counted=done.result.number == number and self._machine.me in done.result.contributors)
-        self._state = done.result.state
+        self._state, self.sums, self._finished = done.result.state, done.result.sums, done.result
         self._setting.emit(
             "round_state",
             round=done.result.number,
@@ -262,9 +370,15 @@ class ContributorDriver:
         return done.result
 
     def _hear_waiting(self) -> None:
-        """Hear what came while we trained: rounds may have ended without us."""
+        """Hear what came while we trained: rounds may have ended without us, or with a term of our earlier life.
+
+        What comes after that one is left for the next round: only what a commit covers may be consumed before it.
+        """
         coordinator = self._setting.cohort.coordinator  # that it has left since is no news: its last state counts
-        while event := self._next(deadline=self._setting.channel.clock(), known_left=(coordinator,), stretch=False):
+        while not self._machine.answered:
+            event = self._next(deadline=self._setting.channel.clock(), known_left=(coordinator,), stretch=False)
+            if event is None:
+                return
             self._perform(self._handle(event))
 
     def _next(
@@ -279,6 +393,7 @@ class ContributorDriver:
             deadline=deadline,
             known_left=known_left,
             stretch=stretch,
+            account=setting.account,
         )
         if message is None:
             return None
@@ -287,15 +402,17 @@ class ContributorDriver:
         return Heard(message.sender, message.kind, message.round, message.payload)
 
     def _run_until(self, pending: list[Action], wanted: type[Ready | RoundDone], what: str) -> Action:
-        # The coordinator may wait `patience` for others before it answers; twice that is beyond doubt.
-        deadline = self._setting.channel.clock() + 2 * self._setting.patience
+        # The coordinator may wait `patience` for others before it answers; twice that is beyond doubt, unless it was
+        # killed meanwhile, and opened the round anew.
+        limit = (4 if self._setting.channel.durable else 2) * self._setting.patience
+        deadline = self._setting.channel.clock() + limit
         while True:
             found = self._perform(pending, wanted)
             if found is not None:
                 return found
             event = self._next(deadline=deadline)
             if event is None:
-                coordinator, limit = self._setting.cohort.coordinator, 2 * self._setting.patience
+                coordinator = self._setting.cohort.coordinator
                 text = f"task {self._setting.task}: {what} did not come from {coordinator} within {limit:g} s"
                 raise self._setting.channel.overdue(coordinator, text)
             pending = self._handle(event)

@@ -6,6 +6,9 @@
     SUMMED --publish--> OPEN (next) or FINISHED        WAITING --state of this round or later--> TRAINING or FINISHED
     any --quorum lost, first state missing--> FAILED
 
+    A side that was killed starts where its journal says: resume takes STARTING to OPEN or FINISHED, and tells the last
+    state again; rejoin takes NEW to TRAINING or FINISHED.
+
 Rules:
 1. Events in, actions out. No clock, no thread, no randomness: time comes with the event.
 2. A pair of phase and event that is not in the table is an error, and nothing has changed.
@@ -15,12 +18,14 @@ Rules:
 6. When too few parties are left for the quorum, the rounds fail at once: nobody trains for a round that
    cannot end.
 7. A state or hello is checked whole (names, shapes, float32, finite) before anything is changed by it.
+8. A contributor in whose present round a state comes that counts its term, before it has offered one, had sent that
+   term in an earlier life: it offers it again, which changes nothing at the coordinator, and goes on with that state.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -61,6 +66,8 @@ __all__ = [
     "Offer",
     "Publish",
     "Ready",
+    "Rejoin",
+    "Resume",
     "RoundDone",
     "Tell",
     "Tick",
@@ -108,6 +115,35 @@ class Publish:
 
 
 @dataclass(frozen=True, slots=True)
+class Resume:
+    """To a coordinator, before anything else: the last round it had committed, and may have published.
+
+    sums, contributors, stop: as the state was told. layouts: by party, of those who had said hello. gone: reasons by
+    party, of those who are known to have left.
+    """
+
+    number: int
+    state: Arrays
+    sums: Mapping[str, float]
+    contributors: tuple[str, ...]
+    stop: bool
+    layouts: Mapping[str, str]
+    gone: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Rejoin:
+    """To a contributor, before anything else: the last round it had finished, and its state.
+
+    over: the coordinator had stopped the rounds there.
+    """
+
+    number: int
+    state: Arrays
+    over: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Join:
     """From a contributor's own loop: my first state (sent only by the first contributor of the roster)."""
 
@@ -121,8 +157,8 @@ class Offer:
     update: Update
 
 
-CoordinatorEvent = Heard | Gone | Tick | Publish
-ContributorEvent = Heard | Join | Offer | Tick
+CoordinatorEvent = Heard | Gone | Tick | Publish | Resume
+ContributorEvent = Heard | Join | Rejoin | Offer | Tick
 
 
 # --- actions ------------------------------------------------------------------------------------------------
@@ -164,10 +200,11 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A contributor may train from this state; `finished` rounds are over."""
+    """A contributor may train from this state; `finished` rounds are over, `sums` are those of the last of them."""
 
     state: Arrays
     finished: int
+    sums: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +281,35 @@ class CoordinatorMachine:
             fault = PeerViolation if isinstance(event, Heard) else InternalError
             raise fault(f"{key if isinstance(key, str) else key.__name__} is not allowed while {self.phase}")
         return step(self, event, now)
+
+    @property
+    def news(self) -> Payload:
+        """The last state as it is told: fields sums, contributors and stop, and the tensors."""
+        return self._news
+
+    @property
+    def layouts(self) -> Mapping[str, str]:
+        """Who has said hello, and of what layout."""
+        return dict(self._layouts)
+
+    def _resume(self, event: Resume, now: float) -> list[Action]:
+        self.state = event.state
+        self.gone.update(event.gone)
+        self._layouts = {p: event.layouts[p] for p in self.cohort.contributors if p in event.layouts}
+        over = event.stop or event.number >= self.rounds
+        receivers = self.cohort.contributors if over else tuple(self._layouts)  # who comes late finds nobody any more
+        tells = self._tell_state(event.number, event.sums, event.contributors, event.stop, receivers)
+        if over:
+            self.number, self.phase = event.number, CoordinatorPhase.FINISHED
+            return tells
+        self._open(event.number + 1, now)
+        return [*tells, *self._close_if_alone()]
+
+    def _tell_state(
+        self, number: int, sums: Mapping[str, float], by: tuple[str, ...], stop: bool, receivers: Iterable[str]
+    ) -> list[Action]:
+        self._news = Payload({"sums": dict(sums), "contributors": list(by), "stop": stop}, self.state)
+        return [Tell(party, STATE, number, self._news) for party in receivers if party not in self.gone]
 
     def _hello(self, event: Heard, now: float) -> list[Action]:
         sender = self._contributor(event.sender)
@@ -391,13 +457,9 @@ class CoordinatorMachine:
             raise InternalError("the state published must be float32")
         self.state = event.state
         stop = event.stop or self.number >= self.rounds
-        fields = {
-            "sums": dict(self._total.sums),
-            "contributors": list(self._total.contributors),
-            "stop": event.stop,
-        }
-        self._news = Payload(fields, self.state)
-        tells: list[Action] = [Tell(p, STATE, self.number, self._news) for p in self._layouts if p not in self.gone]
+        tells = self._tell_state(
+            self.number, self._total.sums, self._total.contributors, event.stop, tuple(self._layouts)
+        )
         if stop:
             self.phase = CoordinatorPhase.FINISHED
             return tells
@@ -423,6 +485,7 @@ _COORDINATOR: dict[CoordinatorPhase, dict[str | type, _Step]] = {
         HELLO: CoordinatorMachine._hello,
         Gone: CoordinatorMachine._gone_starting,
         Tick: CoordinatorMachine._tick_starting,
+        Resume: CoordinatorMachine._resume,
     },
     CoordinatorPhase.OPEN: {
         HELLO: CoordinatorMachine._late_hello,
@@ -470,6 +533,7 @@ class ContributorMachine:
     _layout: Layout = field(default_factory=dict)
     _sum: SumParty | None = None
     _newest: Heard | None = None
+    _answered: Heard | None = None
 
     def handle(self, event: ContributorEvent, now: float = 0.0) -> list[Action]:
         """Apply one event; see CoordinatorMachine.handle."""
@@ -491,16 +555,22 @@ class ContributorMachine:
         self.phase = ContributorPhase.JOINING
         return [Tell(self.cohort.coordinator, HELLO, 0, Payload(fields, event.state if first else {}))]
 
+    def _rejoin(self, event: Rejoin, now: float) -> list[Action]:
+        self._layout = layout_of(event.state)
+        self._begin(self.rounds + 1 if event.over else event.number + 1)
+        return []
+
     def _first_state(self, event: Heard, now: float) -> list[Action]:
         self._check_state(event)
-        self._begin(event.round + 1)
-        return [Ready(event.payload.tensors, event.round)]
+        fields = event.payload.fields
+        self._begin(self.rounds + 1 if fields["stop"] else event.round + 1)
+        return [Ready(event.payload.tensors, event.round, dict(fields["sums"]))]
 
     def _begin(self, number: int) -> None:
         over = number > self.rounds
         self.phase = ContributorPhase.FINISHED if over else ContributorPhase.TRAINING
         self.number = number
-        self._newest = None
+        self._newest = self._answered = None
         self._sum = None if over else self.secure_sum.party(self.cohort, self.me, self._layout)
 
     def _check_state(self, event: Heard) -> None:
@@ -518,10 +588,18 @@ class ContributorMachine:
         """A round ended without us while we trained: what we offer will not be sent."""
         return self._newest is not None
 
+    @property
+    def answered(self) -> bool:
+        """The present round ended with our term, which an earlier life of ours had sent: nothing else matters now."""
+        return self._answered is not None
+
     def _replaced(self, event: Heard, now: float) -> list[Action]:
-        """Remember the newest state, it replaces our own term."""
+        """Remember the newest state, it replaces our own term; or the one that our own term is part of."""
         self._check_state(event)
-        if event.round >= self.number and (self._newest is None or event.round > self._newest.round):
+        counted = event.round == self.number and self.me in event.payload.fields["contributors"]
+        if counted and self._newest is None:
+            self._answered = event
+        elif event.round >= self.number and (self._newest is None or event.round > self._newest.round):
             self._newest = event
         return []
 
@@ -530,9 +608,11 @@ class ContributorMachine:
             late = Ignored(self.me, self.number, f"late: round {self._newest.round} is already over")
             return [late, *self._finish(self._newest)]
         assert self._sum is not None
-        actions = self._sum.handle(SumContribute(event.update))
+        tells = self._tell(self._sum.handle(SumContribute(event.update)))
+        if self._answered is not None:
+            return [*tells, *self._finish(self._answered)]
         self.phase = ContributorPhase.WAITING
-        return self._tell(actions)
+        return tells
 
     def _tell(self, actions: list[SumAction]) -> list[Action]:
         return [Tell(a.receiver, TERM, self.number, a.body) for a in actions if isinstance(a, SumSend)]
@@ -574,7 +654,7 @@ def _is_news(fields: Mapping[str, Any], cohort: Cohort) -> bool:
 
 
 _CONTRIBUTOR: dict[ContributorPhase, dict[str | type, _Step]] = {
-    ContributorPhase.NEW: {Join: ContributorMachine._join},
+    ContributorPhase.NEW: {Join: ContributorMachine._join, Rejoin: ContributorMachine._rejoin},
     ContributorPhase.JOINING: {STATE: ContributorMachine._first_state, Tick: ContributorMachine._nothing},
     ContributorPhase.TRAINING: {
         STATE: ContributorMachine._replaced,

@@ -18,6 +18,9 @@ Rules:
  6. Only what can pass is tried again: a refused password, a missing virtual host, a certificate that does not verify
     end the transport at once with an error that says what to do.
  7. Without TLS only on loopback, and only when the address says `plaintext=loopback`.
+ 8. Words of services (`publish_once`) have no lane: they are published when that can be done now, may expire on their
+    way, and are never sent again; what is returned or not confirmed is gone. At a standing inbox a member whose
+    exchange is missing, or may not be bound yet, is left out (`silent`): one partner's setting up holds up nobody.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
@@ -52,7 +55,7 @@ from fate_llm.core.errors import (
 from fate_llm.core.interfaces import Buffer, Delivery, Progress
 from fate_llm.core.names import nearest
 
-from ..broker_layout import control_inbox, control_key, exchange_of, job_inbox, job_key
+from ..broker_layout import control_inbox, control_key, exchange_of, inbox_arguments, job_inbox, job_key
 
 __all__ = [
     "PLUGIN",
@@ -269,6 +272,7 @@ class RabbitTransport:
     members: every party of the job. expires: seconds after which an inbox that nobody reads is deleted. prefetch:
     frames delivered before one is acknowledged. window: bytes under way to one receiver beyond which `send` waits.
     meet: seconds until the first connection; outage: seconds without a broker after which the job gives up.
+    silent: members that a standing inbox cannot hear, and the broker's words why; of a job there are none.
     """
 
     def __init__(
@@ -296,6 +300,9 @@ class RabbitTransport:
         self._observer = observer
         self._changed = threading.Condition()
         self._lanes = {member: _Lane() for member in members}
+        self.silent: Mapping[str, str] = {}
+        self._loose: dict[int, int] = {}  # bytes of what `publish_once` has under way, by delivery tag
+        self._loose_bytes = 0  # with what the connection's thread has still to publish
         self._incoming: deque[Delivery] = deque()
         self._generation = 0
         self._attempt = 0
@@ -338,6 +345,37 @@ class RabbitTransport:
             lane.waiting.append(body)
         self._call(functools.partial(self._publish_lane, receiver))
         return size
+
+    def writable(self) -> bool:
+        """Whether `publish_once` would take something now.
+
+        Raises:
+            FederationError: what has ended the transport.
+        """
+        self._raise_if_over()
+        return self.connected and self._loose_bytes < self._window
+
+    def publish_once(self, key: str, body: bytes, *, expires: float) -> bool:
+        """Publish one message on our own exchange, at most once; False when that cannot be done now.
+
+        key: of an inbox, by `broker_layout`. expires: seconds that it may wait in a queue. When no inbox is bound
+        with the key it is dropped, and the observer hears `no_inbox`.
+        """
+        with self._changed:
+            if not self.writable():
+                return False
+            self._loose_bytes += len(body)
+            generation = self._generation
+        self._call(functools.partial(self._publish_loose, generation, key, body, expires))
+        return True
+
+    def listen_again(self) -> None:
+        """Try once more to bind the standing inbox to the exchanges of `silent` members.
+
+        Raises:
+            BrokerLost, BrokerRefused: the broker is away, or does not let us in.
+        """
+        _with_login(self._address, _TIDYING, self._bind_standing_inbox)
 
     def flush(self, timeout: float | None = None) -> bool:
         with self._changed:
@@ -411,7 +449,29 @@ class RabbitTransport:
             except pika.exceptions.ChannelClosedByBroker as error:
                 if error.reply_code != 404:
                     raise
-                _make_exchange(connection, name, member)
+                try:
+                    _make_exchange(connection, name, member)
+                except BrokerRefused:
+                    if self._job is not None or member == self.party:
+                        raise
+        if self._job is None:
+            self._bind_standing_inbox(connection)
+
+    def _bind_standing_inbox(self, connection: pika.BlockingConnection) -> None:
+        """Make it, and bind it to the exchange of every member that is there and lets us."""
+        found: dict[str, str] = {}
+        arguments = inbox_arguments(quorum=self._address.queues == "quorum")
+        connection.channel().queue_declare(self._inbox, durable=True, arguments=arguments)
+        for member in self._members:
+            channel = connection.channel()
+            try:
+                channel.queue_bind(self._inbox, exchange_of(member), routing_key=control_key(self.party))
+                channel.close()
+            except pika.exceptions.ChannelClosedByBroker as error:
+                if error.reply_code not in (403, 404):
+                    raise
+                found[member] = error.reply_text
+        self.silent = found
 
     # --- the thread of the connection -----------------------------------------------------------------------
 
@@ -508,7 +568,8 @@ class RabbitTransport:
         channel.queue_declare(self._inbox, durable=True, arguments=arguments, callback=lambda _: None)
         key = job_key(self.party, self._job) if self._job is not None else control_key(self.party)
         for member in self._members:
-            channel.queue_bind(self._inbox, exchange_of(member), routing_key=key, callback=lambda _: None)
+            if member not in self.silent:
+                channel.queue_bind(self._inbox, exchange_of(member), routing_key=key, callback=lambda _: None)
         channel.basic_consume(self._inbox, self._delivered, callback=self._consuming)
 
     def _consuming(self, _frame: Any) -> None:
@@ -545,6 +606,8 @@ class RabbitTransport:
             self._connected = self._blocked = False
             self._channel = None
             self._incoming.clear()  # not acknowledged: it comes again
+            self._loose.clear()
+            self._loose_bytes = 0
             for lane in self._lanes.values():
                 lane.take_back(flying=True)
                 lane.pause = 0.0
@@ -590,6 +653,24 @@ class RabbitTransport:
             )
             self._channel.basic_publish(exchange_of(self.party), key, frame, properties, mandatory=True)
 
+    def _publish_loose(self, generation: int, key: str, body: bytes, expires: float) -> None:
+        with self._changed:
+            if generation != self._generation or not self._connected or not self._channel.is_open:
+                return
+            self.counters.published += 1
+            tag = self._next_tag()
+            self._loose[tag] = len(body)
+        properties = pika.BasicProperties(
+            delivery_mode=2, user_id=self._address.user, message_id=str(tag), expiration=str(int(expires * 1000))
+        )
+        self._channel.basic_publish(exchange_of(self.party), key, body, properties, mandatory=True)
+
+    def _end_loose(self, tags: Iterable[int], *, taken: bool) -> None:
+        """The broker has these, or they are lost. The caller holds the lock."""
+        for tag in tags:
+            self._loose_bytes -= self._loose.pop(tag)
+            self.counters.confirmed += taken
+
     def _next_tag(self) -> int:
         self._tag = 1 if self._tag_generation != self._generation else self._tag + 1
         self._tag_generation = self._generation
@@ -598,11 +679,18 @@ class RabbitTransport:
     _tag = 0
     _tag_generation = 0
 
-    def _returned(self, _channel: Any, _method: Any, properties: Any, _body: bytes) -> None:
+    def _returned(self, _channel: Any, method: Any, properties: Any, _body: bytes) -> None:
         """Nobody has bound the receiver's inbox. The confirm that follows must not count."""
+        tag = int(properties.message_id)
         with self._changed:
             self.counters.returned += 1
-            self._not_taken(properties.correlation_id, int(properties.message_id))
+            loose = tag in self._loose
+            if loose:
+                self._end_loose([tag], taken=False)
+            else:
+                self._not_taken(properties.correlation_id, tag)
+        if loose:
+            self._tell("no_inbox", key=str(method.routing_key))
 
     def _not_taken(self, receiver: str, tag: int) -> None:
         """A frame is tried again after a pause. The caller holds the lock."""
@@ -628,9 +716,11 @@ class RabbitTransport:
         method = frame.method
         taken = isinstance(method, pika.spec.Basic.Ack)
         touched = []
+        last = method.delivery_tag
         with self._changed:
+            loose = [tag for tag in self._loose if tag == last or (method.multiple and tag < last)]
+            self._end_loose(loose, taken=taken)
             for receiver, lane in self._lanes.items():
-                last = method.delivery_tag
                 tags = [tag for tag in lane.flying if tag <= last] if method.multiple else [last]
                 for tag in tags:
                     if tag not in lane.flying:

@@ -147,7 +147,8 @@ class News(Frozen):
 
     specification: the signed job specification as `JobSpecification.to_data` gives it, as long as the receiver has
     not reported its digest. finished: tasks that all their parties had finished when this attempt began; they are not
-    run again. parts: the public view of all parties.
+    run again. parts: the public view of all parties. lines_heard: number up to which the receiver's `Lines` have come
+    without a gap; what comes after it is sent again.
     """
 
     kind: Literal["news"] = "news"
@@ -160,6 +161,7 @@ class News(Frozen):
     parts: dict[str, PartView] = Field(default_factory=dict, max_length=1000)
     ending: Ending | None = None
     specification: dict[str, Any] | None = None
+    lines_heard: Serial = 0
 
 
 class Report(Frozen):
@@ -225,11 +227,15 @@ class Line(Frozen):
 
 
 class Lines(Frozen):
-    """Events of a party, for the guest's eyes. What its policy hides is not among them."""
+    """Events of a party, for the guest's eyes. What its policy hides is not among them, so numbers have gaps.
+
+    after: number of the line that was shown before the first of these; 0 when there was none.
+    """
 
     kind: Literal["lines"] = "lines"
     job: Text
     digest: Digest
+    after: Serial = 0
     lines: tuple[Line, ...] = Field(max_length=500)
 
 

@@ -1,0 +1,52 @@
+"""Reading and writing parameters that DeepSpeed's ZeRO holds: cut up among the ranks, and in a copy of its own.
+
+Rules:
+1. ZeRO steps on a float32 copy and writes the model's parameters from it: what is loaded into the parameters alone is
+   undone by the next step. Every load refreshes that copy.
+2. In stage 3 a parameter is empty between uses; it is gathered before it is written.
+3. Every rank makes these calls, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["load_zero", "read_zero"]
+
+
+def read_zero(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The whole parameter in float32, from the copy that ZeRO steps on."""
+    from deepspeed.utils import safe_get_full_fp32_param  # type: ignore[import-not-found]
+
+    found: torch.Tensor | None = safe_get_full_fp32_param(parameter)
+    return parameter.detach() if found is None else found.detach()
+
+
+def load_zero(engine: Any, parameters: Sequence[torch.nn.Parameter], values: Sequence[torch.Tensor]) -> None:
+    """Write the values into the parameters and into the copy that ZeRO steps on. engine: the DeepSpeed engine."""
+    import torch
+    from deepspeed.zero import GatheredParameters  # type: ignore[import-not-found]
+
+    cut_up = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    with GatheredParameters(cut_up, modifier_rank=0, enabled=bool(cut_up)), torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            if not cut_up or torch.distributed.get_rank() == 0:
+                parameter.copy_(value)
+    if hasattr(engine.optimizer, "refresh_fp32_params"):
+        engine.optimizer.refresh_fp32_params()
+    if not cut_up:
+        _load_exact(parameters, values)
+
+
+def _load_exact(parameters: Sequence[torch.nn.Parameter], values: Sequence[torch.Tensor]) -> None:
+    """A parameter in bfloat16 has rounded the value: its float32 copy gets it whole."""
+    import torch
+    from deepspeed.utils import safe_set_full_fp32_param  # type: ignore[import-not-found]
+
+    for parameter, value in zip(parameters, values, strict=True):
+        if parameter.dtype != torch.float32:
+            safe_set_full_fp32_param(parameter, value.to(parameter.device))

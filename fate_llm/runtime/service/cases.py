@@ -1,0 +1,113 @@
+"""One job at this party: what was signed, the machines, and how far its tasks are."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fate_llm.pipelines.schema import PipelineSpec
+
+from ..jobfolder import JobFolder, PartyFolder, write_json
+from ..trust.jobspec import SignedSpecification
+from .lead import LeadMachine
+from .part import PartMachine
+from .track import Track
+from .words import Line, PartView
+
+__all__ = ["Accepted", "Case"]
+
+_RESENT = 400  # lines of a party that are kept for being sent again
+_ACCEPTED = "accepted.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """Under what this party's policy let the job in. opens: names of the catalogue that it may open.
+
+    policy: digest. not_before: seconds since 1970 before which it does not start. hours: that it may take, None for
+    any.
+    """
+
+    opens: tuple[str, ...] = ()
+    policy: str = ""
+    not_before: float = 0.0
+    hours: float | None = None
+
+
+@dataclass(slots=True)
+class Case:
+    """part: this party's machine. lead: the job's, where this party is its guest.
+
+    line: number of this party's last line. fresh: lines that are not in the database yet. shown: lines that the lead
+    may see, and that it has not reported. reported: up to where it has them, None before it has said so. sent: the last
+    one sent to it. came: at the lead, by party, the number up to which its lines have come without a gap.
+    """
+
+    signed: SignedSpecification
+    spec: PipelineSpec
+    folder: JobFolder
+    party: str
+    part: PartMachine
+    track: Track
+    created: float
+    lead: LeadMachine | None = None
+    parts: Mapping[str, PartView] = field(default_factory=dict)
+    line: int = 0
+    fresh: list[Line] = field(default_factory=list)
+    shown: deque[Line] = field(default_factory=lambda: deque(maxlen=_RESENT))
+    reported: int | None = None
+    sent: int = 0
+    sent_at: float = 0.0
+    came: dict[str, int] = field(default_factory=dict)
+    dossier: dict[str, Any] | None = None
+    waiting_since: float | None = None
+    started: float | None = None
+
+    @property
+    def job(self) -> str:
+        return self.signed.specification.job
+
+    @property
+    def initiator(self) -> str:
+        return self.signed.specification.initiator
+
+    @property
+    def own(self) -> PartyFolder:
+        """This party's part of the job's folder."""
+        return self.folder.party(self.party)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that this party takes part in."""
+        return tuple(task for task in self.spec.tasks if self.party in self.spec.parties_of(task))
+
+    @property
+    def reused(self) -> tuple[str, ...]:
+        """Tasks whose outputs of an earlier job are taken over."""
+        reuse = self.signed.specification.reuse
+        return () if reuse is None else reuse.tasks
+
+    @property
+    def transcript(self) -> Path:
+        return self.own.path / "transcript.jsonl"
+
+    @property
+    def dossier_file(self) -> Path:
+        return self.folder.path / "dossier.json"
+
+    def accepted(self) -> Accepted:
+        """What the policy said when it last let the job in; nothing may be opened before."""
+        try:
+            found = json.loads((self.folder.path / _ACCEPTED).read_text())
+        except (OSError, ValueError):
+            return Accepted()
+        return Accepted(tuple(found["opens"]), found["policy"], found["not_before"], found["hours"])
+
+    def accept(self, found: Accepted) -> None:
+        """Note what the policy said."""
+        data = {"opens": list(found.opens), "policy": found.policy, "not_before": found.not_before}
+        write_json(self.folder.path / _ACCEPTED, {**data, "hours": found.hours})

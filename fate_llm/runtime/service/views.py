@@ -1,0 +1,109 @@
+"""What the API shows of jobs: plain JSON values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..store.rows import ApprovalRow, JobRow
+from .cases import Case
+from .post import Post
+from .words import Line, PartView
+from .workers import Workers
+
+__all__ = ["approval", "job", "lines", "metrics", "summary"]
+
+
+def summary(row: JobRow) -> dict[str, Any]:
+    """One line of a list."""
+    state = row.state if row.lead else str(row.machine.get("wanted", row.state))
+    note = "" if row.trouble is None else row.trouble["message"]
+    if not row.lead and row.state in ("approval", "refused"):
+        state, note = row.state, note or str(row.machine.get("reason", ""))
+    return {
+        "job": row.job,
+        "name": row.name,
+        "state": state,
+        "lead": row.lead,
+        "initiator": row.initiator,
+        "attempt": row.attempt,
+        "created": row.created,
+        "ended": row.ended,
+        "note": note[:200],
+    }
+
+
+def job(case: Case, row: JobRow) -> dict[str, Any]:
+    """All that this party may see of a job."""
+    machine = case.part
+    own = PartView(state=machine.state, tasks=machine.tasks, trouble=machine.trouble, reason=machine.reason)
+    parts = dict(case.parts) if case.lead is None else case.lead.parts
+    parts[case.party] = own
+    state = machine.wanted if case.lead is None else case.lead.state
+    trouble = row.trouble
+    if case.lead is None and trouble is None and (ended := [p.trouble for p in parts.values() if p.trouble]):
+        trouble = ended[0].model_dump(mode="json")
+    return {
+        "job": case.job,
+        "name": case.spec.name,
+        "state": state.value,
+        "lead": case.lead is not None,
+        "initiator": case.initiator,
+        "digest": case.signed.digest,
+        "attempt": machine.attempt if case.lead is None else case.lead.attempt,
+        "priority": case.signed.specification.priority,
+        "labels": dict(case.signed.specification.labels),
+        "created": case.created,
+        "ended": row.ended if state.ended else None,
+        "over": machine.over and (case.lead is None or case.lead.final),
+        "trouble": trouble,
+        "parts": {name: parts[name].model_dump(mode="json") for name in case.spec.members if name in parts},
+        "findings": [finding.model_dump(mode="json") for finding in machine.findings],
+        "restarts": machine.restarts,
+        "folder": str(case.folder.path),
+    }
+
+
+def lines(case: Case, found: Sequence[tuple[int, str, Line]], after: int) -> dict[str, Any]:
+    """Lines and where to go on. ended: no more will come."""
+    state = case.part.wanted if case.lead is None else case.lead.state
+    over = case.part.over if case.lead is None else case.lead.final
+    shown = [{"id": number, "party": party, **line.model_dump(mode="json")} for number, party, line in found]
+    return {"lines": shown, "next": found[-1][0] if found else after, "state": state.value, "ended": over}
+
+
+def approval(row: ApprovalRow) -> dict[str, Any]:
+    """A question to the people of this party."""
+    return {
+        "job": row.job,
+        "digest": row.digest,
+        "asked": row.asked,
+        "findings": row.findings,
+        "summary": row.summary,
+    }
+
+
+def metrics(party: str, counts: Mapping[str, int], post: Post, workers: Workers) -> str:
+    """Prometheus text format 0.0.4."""
+    label = f'party="{party}"'
+    text = [
+        "# HELP fate_llm_jobs Jobs that this party takes part in, by the state of its part.",
+        _type("jobs", "gauge"),
+    ]
+    text += [f'fate_llm_jobs{{{label},state="{state}"}} {count}' for state, count in sorted(counts.items())]
+    text += ["# HELP fate_llm_workers Worker processes that run.", _type("workers", "gauge")]
+    text += [f"fate_llm_workers{{{label}}} {len(workers.running())}"]
+    text += ["# HELP fate_llm_words_total Words to and from other services.", _type("words_total", "counter")]
+    for what, count in sorted(post.counts.items()):
+        text.append(f'fate_llm_words_total{{{label},what="{_escaped(what)}"}} {count}')
+    text += ["# HELP fate_llm_broker_connected Whether the broker takes words.", _type("broker_connected", "gauge")]
+    text += [f"fate_llm_broker_connected{{{label}}} {int(post.connected)}"]
+    return "\n".join(text) + "\n"
+
+
+def _type(name: str, kind: str) -> str:
+    return f"# TYPE fate_llm_{name} {kind}"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
