@@ -16,8 +16,11 @@ from fate_llm.core import plugins
 from fate_llm.core.errors import FateError, all_errors
 from fate_llm.core.names import NAME_PATTERN
 from fate_llm.pipelines.faults import CODES
-from fate_llm.pipelines.schema import JobSettings, Parties, PipelineSpec, TaskOverride, TaskSpec
+from fate_llm.pipelines.schema import JobResources, JobSettings, Parties, PipelineSpec, TaskOverride, TaskSpec
 from fate_llm.runtime.describe import describe_component, describe_params
+from fate_llm.runtime.trust import policy_schema as policy
+from fate_llm.runtime.trust.catalog import CatalogEntry
+from fate_llm.runtime.trust.schedule import Schedule
 
 from .main import main as command
 
@@ -33,6 +36,7 @@ def pages() -> dict[str, str]:
         "components.md": _components(),
         "commands.md": _commands(),
         "pipeline.md": _pipeline(),
+        "policy.md": _policy(),
         "errors.md": _errors(),
         "plugins.md": _plugins(),
     }
@@ -120,6 +124,7 @@ def _pipeline() -> str:
         ("tasks: each task", TaskSpec),
         ("overrides: what differs in a task at a party", TaskOverride),
         ("job", JobSettings),
+        ("job: resources", JobResources),
     ):
         fields = [field for field in describe_params(model) if "." not in field["name"]]
         parts += [f"## {title}", "", *_settings(fields), ""]
@@ -132,6 +137,32 @@ def _pipeline() -> str:
         "| --- | --- |",
     ]
     parts += [f"| `{code}` | {meaning} |" for code, meaning in CODES.items()]
+    return "\n".join(parts) + "\n"
+
+
+def _policy() -> str:
+    parts = ["# Policy and catalogue of a party, version 1", _NOTE]
+    parts += [
+        "`policy.yaml`: what partners may do here. What is not written is refused. How to write one is",
+        "[a page of its own](../how-to/write-a-policy.md).",
+        "",
+    ]
+    for title, model in (
+        ("Policy", policy.Policy),
+        ("components: each component", policy.ComponentRule),
+        ("components: each bound", policy.Bound),
+        ("data: each data set", policy.DataRule),
+        ("protection", policy.Protection),
+        ("privacy", policy.Privacy),
+        ("schedule", Schedule),
+        ("resources", policy.Limits),
+        ("show", policy.Show),
+        ("manual: each rule by patterns", policy.ManualRule),
+        ("retention", policy.Retention),
+        ("catalog.yaml: each entry", CatalogEntry),
+    ):
+        fields = [field for field in describe_params(model) if "." not in field["name"]]
+        parts += [f"## {title}", "", *_settings(fields), ""]
     return "\n".join(parts) + "\n"
 
 

@@ -186,6 +186,7 @@ class _Contributor:
         self.ctx = ctx
         self.params: HomoLlmTrainer.Params = ctx.params
         self.ranks = Ranks(world())
+        self.batch = split_batch(self.params.batch_size, self.params.gradient_accumulation, self.ranks.world.size)
         self.history = History()
         self.checkpoint = Checkpoint()
         self.turns = Turns(ctx, ctx.seed(ctx.task, ctx.party))
@@ -244,7 +245,11 @@ class _Contributor:
         trainer = make_trainer(
             self.model,
             rows,
-            arguments={**_arguments(self.params, self.ranks), **schedule.length(), "seed": self._seed("trainer")},
+            arguments={
+                **_arguments(self.params, self.ranks, self.batch),
+                **schedule.length(),
+                "seed": self._seed("trainer"),
+            },
             folder=folder,
             pad_id=self._pad_id,
             meter=synchroniser.meter,
@@ -369,12 +374,11 @@ class _Contributor:
         partial_folder.rename(folder)
 
 
-def _arguments(params: HomoLlmTrainer.Params, ranks: Ranks) -> dict[str, Any]:
-    """The Trainer's arguments that are settings of ours."""
-    batch_size, accumulation = split_batch(params.batch_size, params.gradient_accumulation, ranks.world.size)
+def _arguments(params: HomoLlmTrainer.Params, ranks: Ranks, batch: tuple[int, int]) -> dict[str, Any]:
+    """The Trainer's arguments that are settings of ours. batch: records of a forward pass, passes of a step."""
     return {
-        "per_device_train_batch_size": batch_size,
-        "gradient_accumulation_steps": accumulation,
+        "per_device_train_batch_size": batch[0],
+        "gradient_accumulation_steps": batch[1],
         **({"gradient_checkpointing": True} if params.gradient_checkpointing else {}),
         "learning_rate": params.learning_rate,
         "lr_scheduler_type": params.lr_scheduler,

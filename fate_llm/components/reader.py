@@ -219,13 +219,14 @@ def _token_counter(ctx: Context, params: ReaderParams, report: _Report) -> Calla
     if params.tokenizer is None:
         return lambda record: None
     folder = ctx.resolve(params.tokenizer)
+    shown = params.tokenizer if params.tokenizer.startswith(_CATALOG) else folder
     if not folder.is_dir():
-        raise DataError(f"tokenizer: {folder} is no folder", hint="Name a folder with tokenizer.json in it.")
+        raise DataError(f"tokenizer: {shown} is no folder", hint="Name a folder with tokenizer.json in it.")
     transformers = optional_import("transformers", "counting tokens")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise DataError(f"tokenizer: {folder} holds none that can be read") from error
+        raise DataError(f"tokenizer: {shown} holds none that can be read") from error
     formatter = Formatter(tokenizer, params.template)
 
     def count(record: Record) -> None:

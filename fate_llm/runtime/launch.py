@@ -15,6 +15,7 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -45,6 +46,7 @@ __all__ = ["LaunchSettings", "command", "main"]
 _OURS = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"}
 _RETRY, _TRIES = 0.1, 3000  # seconds between two tries to reach rank 0, which waits for its order; how many
 _PR_SET_PDEATHSIG = 1
+_GRACE = 15.0  # seconds in which rank 0 may find an error by itself that another rank has found
 _LAST_WORD = 60.0  # seconds for rank 0 to end after an error elsewhere
 Say = Callable[[Mapping[str, Any]], None]
 
@@ -185,7 +187,7 @@ class _Hub:
         self._lock = threading.Lock()
         self._told: list[Mapping[str, Any]] = [self._first]
         self._ranks: list[socket.socket] = []
-        self._closed = False
+        self._closed = threading.Event()
         self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._server.bind(address)
         self._server.listen(64)
@@ -201,8 +203,10 @@ class _Hub:
     def close(self) -> None:
         """The other ranks end."""
         with self._lock:
-            self._closed = True
+            self._closed.set()
             for each in (self._server, *self._ranks):
+                with contextlib.suppress(OSError):  # the other end has closed it
+                    each.shutdown(socket.SHUT_RDWR)  # a plain close does not wake the thread that waits for it
                 each.close()
 
     def _accept(self) -> None:
@@ -229,16 +233,19 @@ class _Hub:
                 number = message["rank"]
                 if "error" in message:
                     self._end(error_from(**message["error"]), number)
+                    return
         except OSError:  # closed by us
             pass
         with self._lock:
-            if self._closed:
+            if self._closed.is_set():
                 return
         sys.stderr.write(f"rank {number} has ended without a word\n")
         os._exit(1)
 
-    def _end(self, error: FateError, rank: int) -> NoReturn:
-        """The main thread may wait for that rank in a library: it cannot be asked to stop."""
+    def _end(self, error: FateError, rank: int) -> None:
+        """The main thread may wait for that rank in a library, where it cannot be asked to stop."""
+        if self._closed.wait(_GRACE):
+            return
         told = {**error.as_dict(), "message": f"rank {rank}: {error.message}"}
         self._say({"end": {"error": told}})
         os._exit(1)

@@ -45,7 +45,7 @@ def home(tmp_path: Path) -> Path:
         log.append("decision", job="job-1", verdict="refuse", findings=findings, policy="0" * 64)
         log.left("job-2", passed())
         log.left("job-2", passed(peer="b", kind="data.notes", protection="", form={}, round=0))
-        log.append("approval", job="job-2", by="=cmd|' /C calc'!A0", decision="approve", reason=f"{EVIL}\n\x1b[31m")
+        log.append("approval", job="job-2", task="=cmd|' /C calc'!A0", decision="approve", reason=f"{EVIL}\n\x1b[31m")
     return folder
 
 
@@ -179,6 +179,7 @@ def test_a_table_has_a_row_for_each_line_and_no_formula(run: Run, home: Path) ->
     assert (left["tensors"], left["values"], left["protection"], left["digest"]) == ("1", "6", "plain", "d" * 64)
     cells = [cell for row in rows for cell in row.values()]
     assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@"))]
+    assert rows[4]["task"] == "'=cmd|' /C calc'!A0"
 
 
 class Tags(HTMLParser):

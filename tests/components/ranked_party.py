@@ -13,10 +13,13 @@ from pathlib import Path
 
 from fate_llm.components.homo_llm_trainer import HomoLlmTrainer
 from fate_llm.core.values import Artifact, ArtifactKind
+from fate_llm.runtime.launch import _die_with_parent
 from tests.components.journaled_rounds import Federation, run_party
 
 
 def main(folder: str, params: str, data: str, place: str = "", number: str = "0") -> None:
+    _die_with_parent()
+
     def kill(where: str, at: int) -> None:
         if (where, at) == (place, int(number)) and os.environ.get("RANK", "0") == "0":
             os.kill(os.getpid(), signal.SIGKILL)

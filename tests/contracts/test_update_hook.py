@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from fate_llm.core import plugins
 from fate_llm.core.errors import ConfigurationError, PeerViolation, ProtectionError
-from fate_llm.core.interfaces import Frozen, HookStage, UpdateHook, WireHook
+from fate_llm.core.interfaces import Frozen, HookStage, Kept, UpdateHook, WireHook
 from fate_llm.core.values import Payload, Total, Update
 from fate_llm.protocols.tensors import read_tensors, write_tensors
 
@@ -271,3 +272,37 @@ def test_a_changed_byte_is_refused_or_changes_a_value_and_nothing_else(places: A
     except PeerViolation:
         return
     assert form_of(found) == form_of(given_payload)
+
+
+# --- hooks that a killed party needs again ----------------------------------------------------------------------
+
+
+def kept_hooks() -> list[str]:
+    found = [name for name in NAMES if isinstance(make(name), Kept)]
+    assert "int8" in found
+    return found
+
+
+@pytest.mark.parametrize("name", kept_hooks())
+def test_a_kept_hook_goes_on_as_if_it_had_not_been_killed(name: str, tmp_path: Path) -> None:
+    # Given two of the same, one of which is written down and read back by another after every round
+    steady, mortal = make(name), make(name)
+    for number in range(1, 5):
+        values = np.random.default_rng(number).normal(size=(40, 130)).astype(np.float32)
+        payload = Payload({}, {"w": values, "b": values[0]})
+        one, other = steady.encode(payload, number), mortal.encode(payload, number)
+        # Then all that they send is the same
+        assert {n: a.tobytes() for n, a in one.tensors.items()} == {n: a.tobytes() for n, a in other.tensors.items()}
+        for hook in (steady, mortal):
+            hook.settle(counted=number != 2)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        mortal.save(folder)
+        mortal = make(name)
+        mortal.restore(folder)
+
+
+@pytest.mark.parametrize("name", kept_hooks())
+def test_a_kept_hook_that_has_nothing_yet_can_be_written_down(name: str, tmp_path: Path) -> None:
+    make(name).save(tmp_path)
+    make(name).restore(tmp_path)

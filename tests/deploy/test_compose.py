@@ -352,7 +352,7 @@ def test_the_commands_that_the_examples_tell_to_run_exist() -> None:
     count = 0
     for path in (ROOT / "deploy").rglob("*"):
         if path.is_file() and "demo-run" not in path.parts and path.suffix != ".pyc":
-            for line in re.findall(r"`fate_llm ((?:[a-z-]+ ?)+)", path.read_text(encoding="utf-8")):
+            for line in re.findall(r"`fate_llm ((?:[a-z][a-z-]* ?)+)", path.read_text(encoding="utf-8")):
                 count += 1
                 fault = command_fault(line.split())
                 assert fault is None or "Missing" in fault, f"{path.name}: {fault}"

@@ -184,6 +184,34 @@ def test_the_scripts_run_docker_with_words_that_fit_the_file(tmp_path: Path) -> 
     assert any(volume.split(":")[1] == job[job.index("submit") + 1] for volume in mounted)
 
 
+def test_down_ends_what_a_demo_that_was_killed_has_left_and_nothing_else(tmp_path: Path) -> None:
+    # Given services whose supervisor is gone, and a process that has one of their old numbers by now
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    left = subprocess.Popen([*sleep, str(tmp_path / "federation" / "parties" / "bank-a")])
+    other = subprocess.Popen(sleep)
+    note = {"pid": other.pid, "services": {"bank-a": left.pid, "bank-b": other.pid}}
+    (tmp_path / "demo.json").write_text(json.dumps(note), encoding="utf-8")
+    try:
+        # When it is told to end
+        assert demo_module("processes").down(tmp_path, delete=False) == 0
+        # Then only its own service has
+        assert left.wait(PATIENCE) == -signal.SIGKILL
+        assert other.poll() is None
+        assert not (tmp_path / "demo.json").exists()
+    finally:
+        for process in (left, other):
+            process.kill()
+            process.wait()
+
+
+def test_a_demo_that_cannot_start_says_why_and_leaves_nothing_running(tmp_path: Path) -> None:
+    (tmp_path / "federation").mkdir()  # an empty one: no broker's files in it
+    done = run(sys.executable, DEMO / "processes.py", "up", "--folder", tmp_path, "--no-job")
+    assert done.returncode == 1
+    assert "rabbitmq.conf" in done.stderr
+    assert not processes_of(tmp_path)
+
+
 # --- The whole of it, as processes -----------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.brokers import broker  # noqa: F401
 from tests.components.tiny_model import make_tiny_model, write_records
 
 PARTIES = {"guest": "bank-a", "hosts": ["bank-b", "bank-c"], "arbiter": "consortium"}

@@ -1,15 +1,18 @@
-"""A party's worker that dies by SIGKILL at a moment of its first life: `python -m tests.faults.mortal`.
+"""A party's worker that dies by SIGKILL at a moment of its first life: a process forked from one that has imported all.
 
-The environment's MORTAL is `<spot>/<before or after>/<number>` and the path of a file that says that it has happened.
+A death is `<spot>/<before or after>/<number>`: which call of which function is the last thing that the process does.
 """
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable
 from functools import wraps
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +70,45 @@ def die(marker: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-if __name__ == "__main__":
-    plan, _, file = os.environ.get("MORTAL", "").partition(" ")
-    if plan:
-        where, moment, count = plan.split("/")
-        arm(where, moment, int(count), Path(file))
-    sys.exit(worker.main())
+def live(order: Connection, answers: Connection, errors: str, site: str, death: str, marker: Path) -> None:
+    """The process itself. site: folder of the installed toys. errors: file of its stderr."""
+    os.dup2(order.fileno(), 0)
+    os.dup2(answers.fileno(), 1)
+    file = os.open(errors, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    os.dup2(file, 2)
+    for end in (order, answers):
+        end.close()
+    os.close(file)
+    sys.stdin, sys.stderr = open(0, encoding="utf-8"), open(2, "w", encoding="utf-8")  # noqa: SIM115 - until its end
+    sys.path.insert(0, site)
+    if death:
+        spot, when, number = death.split("/")
+        arm(spot, when, int(number), marker)
+    status = worker.main()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+class Mortal:
+    """A worker, as who started it sees it."""
+
+    def __init__(self, errors: Path, site: Path, death: str, marker: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["__main__", __name__, "tests.runtime.toys", "fate_llm.protocols.sums.plain"])
+        order, ours = context.Pipe(duplex=False)
+        theirs, answers = context.Pipe(duplex=False)
+        self.process = context.Process(target=live, args=(order, answers, str(errors), str(site), death, marker))
+        self.process.start()
+        self.stdin = os.fdopen(os.dup(ours.fileno()), "w", encoding="utf-8")
+        self.stdout = os.fdopen(os.dup(theirs.fileno()), encoding="utf-8")
+        for end in (order, ours, theirs, answers):
+            end.close()
+
+    def close(self) -> None:
+        """It has ended, or ends now."""
+        self.process.kill()
+        self.process.join()
+        self.process.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.stdin.close()
+        self.stdout.close()

@@ -1,4 +1,4 @@
-"""Workers killed by SIGKILL over a real broker, and started again as a party's service does: no bit of the result changes.
+"""Workers killed by SIGKILL over a real broker, and started again as a party's service does: the same bits at the end.
 
 The service of these tests is a small one: it starts each party's worker with the same order until it ends with a word,
 and tells the others who has left.
@@ -6,14 +6,9 @@ and tells the others who has left.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +24,7 @@ from tests.runtime import toys
 from tests.runtime.durable_world import DurableWorld
 
 from .links import loopback, nothing_on
+from .mortal import Mortal
 
 pytestmark = pytest.mark.slow
 ENDS = 90.0  # seconds after which a job that has not ended hangs
@@ -53,6 +49,7 @@ class Service:
     def __init__(
         self,
         folder: Path,
+        site: Path,
         data: dict[str, Any],
         node: BrokerNode,
         deaths: Mapping[str, str],
@@ -61,11 +58,11 @@ class Service:
         attempt: int = 1,
     ) -> None:
         self.spec = check(data)
-        self.folder = folder
+        self.folder, self.site = folder, site
         self.job = JobFolder(folder / "job")
         self.ends: dict[str, dict[str, Any]] = {}
         self.lives: dict[str, int] = dict.fromkeys(self.spec.members, 0)
-        self.workers: dict[str, subprocess.Popen[str]] = {}
+        self.workers: dict[str, Mortal] = {}
         self.deaths, self.at, self.attempt, self.node = deaths, at, attempt, node
         identities = {
             name: Identity(bytes([attempt, number]) * 16) for number, name in enumerate(self.spec.members, start=1)
@@ -108,56 +105,35 @@ class Service:
         finally:
             self._over = True
             for process in self.workers.values():
-                process.kill()
-                process.wait()
-                for pipe in (process.stdin, process.stdout):
-                    assert pipe is not None
-                    pipe.close()
+                process.close()
         return self
 
     def _start(self, name: str) -> None:
-        """From the main thread or a keeper's: these live as long as the worker, which dies with who started it."""
-        plan = self.deaths.get(name, "")
         self.lives[name] += 1
-        with (self.job.path / f"{name}.stderr").open("ab") as errors:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "tests.faults.mortal"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env={**os.environ, "MORTAL": f"{plan} {self.folder}/died-{name}" if plan else ""},
-            )
-        self.workers[name] = process
+        errors, marker = self.job.path / f"{name}.stderr", self.folder / f"died-{name}"
+        self.workers[name] = Mortal(errors, self.site, self.deaths.get(name, ""), marker)
         self._say(name, self._orders[name])
         for other in tuple(self.ends):
             self._say(name, {"left": other})
 
     def _say(self, name: str, message: Mapping[str, Any]) -> None:
         pipe = self.workers[name].stdin
-        assert pipe is not None
-        try:
+        with contextlib.suppress(BrokenPipeError, ValueError):  # it has died, and the next is told
             pipe.write(json.dumps(message) + "\n")
             pipe.flush()
-        except BrokenPipeError:
-            return
 
     def _keep(self, name: str) -> None:
         """Hear a party's worker, and start it again until it ends with a word."""
         while not self._over:
-            pipe = self.workers[name].stdout
-            assert pipe is not None
-            for line in pipe:
+            for line in self.workers[name].stdout:
                 message = json.loads(line) if line.endswith("\n") else {}
                 if "end" in message:
-                    return self._ended(name, message["end"])
+                    self._ended(name, message["end"])
+                    return
                 if "event" in message and self.at is not None:
                     self.at(name, {"event": message["event"][0], **message["event"][4]})
-            self.workers[name].wait()
-            for old in (self.workers[name].stdin, pipe):
-                assert old is not None
-                old.close()
             if not self._over:
+                self.workers[name].close()
                 self._start(name)
 
     def _ended(self, name: str, end: dict[str, Any]) -> None:
@@ -202,13 +178,13 @@ def serve(
     tmp_path: Path, node: BrokerNode, monkeypatch: pytest.MonkeyPatch, wanted: Callable[[bool], bytes]
 ) -> Callable[..., Service]:
     """Run a job with these deaths; it must end in success with the bits of an undisturbed run, and leave nothing."""
-    monkeypatch.setenv("PYTHONPATH", toys.install(tmp_path / "site"))
+    toys.install(tmp_path / "site")
     monkeypatch.setattr(plugins, "_installed", toys.installed)
 
     def go(deaths: Mapping[str, str], *, arbiter: bool = True, **settings: Any) -> Service:
         folder = tmp_path / f"job{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
-        service = Service(folder, pipeline(arbiter=arbiter), node, deaths, **settings).run()
+        service = Service(folder, tmp_path / "site", pipeline(arbiter=arbiter), node, deaths, **settings).run()
         assert set(service.models().values()) == {wanted(arbiter)}, deaths
         assert {name for name in service.lives if (folder / f"died-{name}").exists()} == deaths.keys(), "all have died"
         assert all(service.lives[name] >= 2 for name in deaths)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ConfigDict, Field
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ConfigDict, Field
 
 from fate_llm.components.homo_llm_trainer import HomoLlmTrainer
 from fate_llm.components.reader import ReaderParams
@@ -54,7 +54,7 @@ def test_marked_fields_are_found_at_any_depth() -> None:
 )
 def test_nothing_is_hidden_by_its_shape(value: Any) -> None:
     assert [text for _, text, _ in found(place=value)] == ["path:/x"]
-    assert [text for _, text, _ in found(**{"surplus": value})] == ["path:/x"]
+    assert [text for _, text, _ in found(surplus=value)] == ["path:/x"]
 
 
 def test_a_bare_path_object_is_a_path() -> None:
@@ -90,8 +90,7 @@ def test_models_by_the_kind_of_their_name(model: dict[str, str], text: str) -> N
 def test_what_opens_another_folder_looks_like_a_path(text: str) -> None:
     # Whatever leads out of the folder that it is joined to is found
     joined = Path("/job/base") / text
-    parts = [part for part in joined.parts]
-    leaves = not joined.is_relative_to("/job/base") or ".." in parts
+    leaves = not joined.is_relative_to("/job/base") or ".." in joined.parts
     assert looks_like_path(text) or not leaves
 
 

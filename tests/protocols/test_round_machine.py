@@ -33,6 +33,8 @@ from fate_llm.protocols.rounds.machine import (
     Offer,
     Publish,
     Ready,
+    Rejoin,
+    Resume,
     RoundDone,
     Tell,
     Tick,
@@ -438,7 +440,16 @@ COORDINATOR_EVENTS = {
     Publish: lambda cohort: Publish(state(1.0)),
     Join: lambda cohort: Join(state()),
     Offer: lambda cohort: Offer(update(1.0)),
+    Rejoin: lambda cohort: Rejoin(1, state()),
+    Resume: lambda cohort: resume(cohort, 1),
 }
+
+
+def resume(cohort: Cohort, number: int, **changes: Any) -> Resume:
+    layout = hello(cohort, "a").payload.fields["layout"]
+    layouts = dict.fromkeys(cohort.contributors, layout)
+    given = Resume(number, state(3.0), {"loss": 1.0}, cohort.contributors, False, layouts)
+    return dataclasses.replace(given, **changes)
 
 
 @pytest.mark.parametrize(
@@ -609,7 +620,7 @@ def test_an_update_that_cannot_be_sent_leaves_the_round_open(make_cohort: MakeCo
     [
         (p, k)
         for p in ContributorPhase
-        for k in (HELLO, TERM, STATE, ANSWER, Join, Offer, Gone, Publish)
+        for k in (HELLO, TERM, STATE, ANSWER, Join, Rejoin, Resume, Offer, Gone, Publish)
         if k not in machines._CONTRIBUTOR[p]
     ],
     ids=str,
@@ -876,3 +887,111 @@ def test_the_random_schedules_reach_every_phase() -> None:
     assert {CoordinatorPhase.OPEN, CoordinatorPhase.SUMMED, CoordinatorPhase.FINISHED} <= reached
     assert world.counted
     assert any(isinstance(event, Heard) for event, _, _ in world.log)
+
+
+# --- after a kill -------------------------------------------------------------------------------------------
+
+
+def told(actions: list[Any]) -> list[tuple[str, str, int]]:
+    return [(tell.receiver, tell.kind, tell.round) for tell in actions if isinstance(tell, Tell)]
+
+
+def test_a_coordinator_goes_on_after_its_commit_and_tells_the_last_state_again(make_cohort: MakeCohort) -> None:
+    # Given a coordinator that had committed round 1 of 2, and knew all but one of three
+    cohort = make_cohort(3)
+    layouts = {p: resume(cohort, 1).layouts[p] for p in "ab"}
+    machine = coordinator(cohort)
+    actions = machine.handle(resume(cohort, 1, layouts=layouts), 100.0)
+    # Then it tells those it knew, and round 2 is open for the whole of the patience
+    assert told(actions) == [("a", STATE, 1), ("b", STATE, 1)]
+    assert actions[0].payload.fields == {"sums": {"loss": 1.0}, "contributors": ["a", "b", "c"], "stop": False}
+    assert (machine.phase, machine.number, machine.deadline) == (CoordinatorPhase.OPEN, 2, 100.0 + PATIENCE)
+    # and who says hello now gets the same
+    assert told(machine.handle(hello(cohort, "c"), 101.0)) == [("c", STATE, 1)]
+    for party in "abc":
+        actions = machine.handle(term(cohort, party, 2), 102.0)
+    assert isinstance(actions[-1], Collected)
+
+
+@pytest.mark.parametrize("changes", [{"number": 2}, {"number": 1, "stop": True}], ids=["all rounds", "stopped"])
+def test_a_coordinator_that_had_ended_tells_everybody_its_end(make_cohort: MakeCohort, changes: Any) -> None:
+    # Nobody can say hello to it any more, so those it did not know are told as well
+    cohort = make_cohort(3)
+    machine = coordinator(cohort)
+    actions = machine.handle(dataclasses.replace(resume(cohort, 1, layouts={}), **changes), 0.0)
+    assert told(actions) == [(p, STATE, changes["number"]) for p in "abc"]
+    assert machine.phase is CoordinatorPhase.FINISHED
+
+
+def test_who_has_left_is_not_told_and_not_waited_for(make_cohort: MakeCohort) -> None:
+    cohort = make_cohort(3, quorum=1)
+    machine = coordinator(cohort)
+    actions = machine.handle(resume(cohort, 1, gone={"b": "done", "c": "broke"}), 0.0)
+    assert told(actions) == [("a", STATE, 1)]
+    assert isinstance(machine.handle(term(cohort, "a", 2), 1.0)[-1], Collected)
+
+
+def test_too_few_left_for_the_quorum_fail_it_at_once(make_cohort: MakeCohort) -> None:
+    cohort = make_cohort(2)
+    actions = coordinator(cohort).handle(resume(cohort, 1, gone={"b": "broke"}), 0.0)
+    assert isinstance(actions[-1], Failed) and isinstance(actions[-1].error, QuorumLost)
+
+
+@pytest.mark.parametrize(
+    ("event", "phase", "number"),
+    [
+        (Rejoin(1, state()), ContributorPhase.TRAINING, 2),
+        (Rejoin(2, state()), ContributorPhase.FINISHED, 3),
+        (Rejoin(1, state(), over=True), ContributorPhase.FINISHED, 3),
+    ],
+    ids=["in the middle", "after the last", "stopped"],
+)
+def test_a_contributor_goes_on_after_its_commit(
+    make_cohort: MakeCohort, event: Rejoin, phase: ContributorPhase, number: int
+) -> None:
+    machine = contributor(make_cohort(2))
+    assert machine.handle(event) == []
+    assert (machine.phase, machine.number) == (phase, number)
+
+
+def test_a_state_with_our_own_term_is_one_that_an_earlier_life_had_sent(make_cohort: MakeCohort) -> None:
+    # Given a contributor that trains for round 1, whose state comes and counts it
+    machine = joined(make_cohort(2))
+    assert machine.handle(news(1, 5.0, contributors=["a", "b"])) == []
+    assert machine.answered and not machine.overtaken
+    # When it offers, Then its term goes out as in its first life, and it goes on with that state
+    tell, done = machine.handle(Offer(update(1.0)))
+    assert isinstance(tell, Tell) and (tell.kind, tell.round) == (TERM, 1)
+    assert isinstance(done, RoundDone) and done.result.number == 1
+    assert (machine.phase, machine.number, machine.answered) == (ContributorPhase.TRAINING, 2, False)
+
+
+@pytest.mark.parametrize(
+    "heard", [[news(1)], [news(2, contributors=["a", "b"])], [news(1), news(2, contributors=["a"])]], ids=str
+)
+def test_other_states_replace_our_term(make_cohort: MakeCohort, heard: list[Heard]) -> None:
+    machine = joined(make_cohort(2))
+    for event in heard:
+        machine.handle(event)
+    assert machine.overtaken and not machine.answered
+    actions = machine.handle(Offer(update(1.0)))
+    assert [type(action) for action in actions] == [Ignored, RoundDone]
+    assert actions[1].result.number == heard[-1].round
+
+
+def test_a_state_that_comes_late_in_a_first_life_changes_nothing(make_cohort: MakeCohort) -> None:
+    # A coordinator that was killed tells the last state again: to who has it, that is an older one
+    machine = joined(make_cohort(2))
+    machine.handle(Offer(update(1.0)))
+    machine.handle(news(1))
+    before = freeze(machine)
+    assert machine.handle(news(1, contributors=["a", "b"])) == []
+    assert freeze(machine) == before
+
+
+def test_who_joins_after_a_stop_has_finished(make_cohort: MakeCohort) -> None:
+    machine = contributor(make_cohort(2))
+    machine.handle(Join(state()))
+    (ready,) = machine.handle(news(1, sums={"loss": 2.0}, stop=True))
+    assert isinstance(ready, Ready) and (ready.finished, ready.sums) == (1, {"loss": 2.0})
+    assert machine.phase is ContributorPhase.FINISHED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fate_llm.core.errors import InternalError, JobCancelled, UnknownPlugin
+from fate_llm.core.errors import DataError, InternalError, JobCancelled, UnknownPlugin
 from fate_llm.core.seeds import derive_seed
 from fate_llm.core.values import Cohort, Role, Roster
 from fate_llm.protocols.channel import JobChannel
@@ -134,3 +135,44 @@ def test_every_use_of_the_rounds_is_a_conversation_of_its_own(
 
     ends = together({"a": contribute, "z": coordinate})
     assert ends == {"a": [1.0, 3.0], "z": None}
+
+
+# --- a party that outlives its process ------------------------------------------------------------------------
+
+
+def test_a_name_of_the_catalog_is_the_party_s_own_path(make_context: MakeContext, tmp_path: Path) -> None:
+    ctx = make_context()
+    ctx._setting = dataclasses.replace(ctx._setting, catalog={"loans-2025": str(tmp_path / "x"), "cards": "/data/c"})
+    assert ctx.resolve("catalog:loans-2025") == tmp_path / "x"
+    assert ctx.resolve("catalog:cards") == Path("/data/c")
+    with pytest.raises(DataError, match="the catalog of a has no data set 'loans-2052'") as caught:
+        ctx.resolve("catalog:loans-2052")
+    assert caught.value.hint == "did you mean 'loans-2025'?"
+    assert ctx.resolve("data/catalog:x") == tmp_path / "data" / "catalog:x"
+
+
+def test_a_party_without_a_catalog_says_so(make_context: MakeContext) -> None:
+    with pytest.raises(DataError) as caught:
+        make_context().resolve("catalog:loans")
+    assert "catalog is empty" in caught.value.hint
+
+
+def test_rounds_have_a_journal_only_where_the_party_outlives_its_process(make_context: MakeContext) -> None:
+    ctx = make_context()
+    assert not ctx.contributor_rounds(1, protection="plain").journals
+    ctx._setting = dataclasses.replace(ctx._setting, durable=True)
+    assert ctx.contributor_rounds(1, protection="plain").journals
+
+
+class Nothing:
+    def save(self, folder: Path) -> None: ...
+
+    def restore(self, folder: Path) -> None: ...
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "Memory", "hook-0-int8", ".."])
+def test_what_is_kept_has_a_name_that_can_be_a_folder_s(make_context: MakeContext, name: str) -> None:
+    ctx = make_context()
+    ctx._setting = dataclasses.replace(ctx._setting, durable=True)
+    with pytest.raises(InternalError, match="nothing can be kept as"):
+        ctx.contributor_rounds(1, protection="plain", keep={name: Nothing()})

@@ -12,8 +12,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fate_llm.protocols.channel import Passed
-from fate_llm.runtime.events import Event
 from tests.runtime.durable_world import DurableWorld
 from tests.runtime.toys import toy_pipeline
 

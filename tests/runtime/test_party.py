@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from fate_llm.protocols.channel import JobChannel
 from fate_llm.runtime.context import JobSetting
 from fate_llm.runtime.events import Event, EventLog
 from fate_llm.runtime.jobfolder import PartyFolder
+from fate_llm.runtime.journal import RoundFolder, journal_folder
 from fate_llm.runtime.party import Assignment, InputRef, PartyRun
 from fate_llm.runtime.sharing import Sharing
 from tests.runtime.toys import Adder, Breaker, Meeting, Words
@@ -144,3 +147,58 @@ def test_a_cancelled_job_starts_no_further_task(party: Party) -> None:
     assert run.error is not None
     assert run.error.code == "cancelled"
     assert party.kinds() == ["party_failed"]
+
+
+# --- a party that outlives its process ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def durable(party: Party) -> Party:
+    party.setting = dataclasses.replace(party.setting, durable=True)
+    return party
+
+
+def test_what_was_noted_as_finished_is_not_run_again_by_the_next_process(durable: Party) -> None:
+    durable.run(words(word="first"), words("later"))
+    durable.events.clear()
+    run = durable.run(words(word="second"), words("later"))
+    assert run.outputs["words"]["dataset"].path.read_text() == "first"
+    # and who watches hears of it again, for it may not have
+    assert durable.kinds() == ["task_finished", "task_finished", "party_finished"]
+
+
+def test_another_attempt_runs_again_what_not_all_had_finished(durable: Party) -> None:
+    durable.run(words("all", word="first"), words(word="first"))
+    durable.setting = dataclasses.replace(durable.setting, attempt=2)
+    run = durable.run(words("all", word="second"), words(word="second"), finished={"all": {"dataset": "anywhere"}})
+    assert run.outputs["all"]["dataset"].path.read_text() == "first"
+    assert run.outputs["words"]["dataset"].path.read_text() == "second"
+    assert json.loads((durable.folder.path / "finished.json").read_text()) == {"attempt": 2, "tasks": ["words"]}
+
+
+def test_outputs_are_on_disk_before_the_note_and_that_before_anything_is_acknowledged(
+    durable: Party, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr("fate_llm.runtime.party.sync_tree", lambda path: seen.append(f"sync {path.name}"))
+    monkeypatch.setattr("fate_llm.runtime.party.replace_json", lambda path, value: seen.append(path.name))
+    monkeypatch.setattr(durable.setting.channel, "finish_task", lambda task: seen.append(f"finish {task}"))
+    durable.run(words())
+    assert seen == ["sync dataset", "finished.json", "finish words"]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_task_with_a_finished_round_keeps_what_it_wrote_for_itself(durable: Party, number: int) -> None:
+    durable.folder.output("words", "junk").write_text("half")
+    (durable.folder.scratch("words") / "checkpoint").write_text("needed")
+    journal = RoundFolder(journal_folder(durable.folder.path, "words", "contributor"), attempt=1)
+    journal.commit(number, {}, {}, {}, {})
+    durable.run(words())
+    assert not (durable.folder.path / "words" / "junk").exists(), "outputs are made anew"
+    assert (durable.folder.scratch("words") / "checkpoint").exists() is (number > 0)
+
+
+def test_a_party_of_threads_notes_nothing(party: Party) -> None:
+    party.run(words())
+    assert not (party.folder.path / "finished.json").exists()
+    assert not (party.folder.path / "journal").exists()

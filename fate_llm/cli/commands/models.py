@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..output import json_option, print_json, reports_errors
+from ..output import home_option, json_option, print_json, reports_errors
 
 if TYPE_CHECKING:
     from fate_llm.runtime.artifacts.models import ModelRecord, ModelRegistry
 
 __all__ = ["COMMAND"]
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-
 _PATH = click.Path(path_type=Path)
-_home = click.option(
-    "--home",
-    type=click.Path(path_type=Path, file_okay=False),
-    envvar="FATE_LLM_HOME",
-    default=Path(),
-    help="The party's home, the folder with party.yaml; also read from FATE_LLM_HOME. Default: this folder.",
-)
 
 
 @click.group()
@@ -37,7 +28,7 @@ def models() -> None:
 
 
 @models.command("list")
-@_home
+@home_option
 @json_option
 @reports_errors
 def list_models(home: Path, as_json: bool) -> None:
@@ -56,7 +47,7 @@ def list_models(home: Path, as_json: bool) -> None:
 
 @models.command("show")
 @click.argument("model")
-@_home
+@home_option
 @json_option
 @reports_errors
 def show(model: str, home: Path, as_json: bool) -> None:
@@ -81,7 +72,7 @@ def show(model: str, home: Path, as_json: bool) -> None:
 @click.argument("model")
 @click.argument("out", type=_PATH)
 @click.option("--merged", is_flag=True, help="An adapter merged into its base model: loads without peft.")
-@_home
+@home_option
 @json_option
 @reports_errors
 def export(model: str, out: Path, merged: bool, home: Path, as_json: bool) -> None:
@@ -92,7 +83,7 @@ def export(model: str, out: Path, merged: bool, home: Path, as_json: bool) -> No
 @models.command("merge")
 @click.argument("model")
 @click.argument("out", type=_PATH)
-@_home
+@home_option
 @json_option
 @reports_errors
 def merge(model: str, out: Path, home: Path, as_json: bool) -> None:

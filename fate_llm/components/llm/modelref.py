@@ -84,7 +84,9 @@ def locate(ref: ModelRef, resolve: Callable[[str], Path]) -> Source:
     if path.is_dir() and len(found := sorted(path.glob("*.gguf"))) == 1:
         return Source(path, found[0].name)
     state = "does not exist" if not path.exists() else "is neither a model folder (config.json) nor one GGUF file"
-    raise ModelError(f"model path {path} {state}")
+    # Others hear of an error: a name of the catalogue stands for the place.
+    shown = ref.path if ref.path and ref.path.startswith("catalog:") else f"path {path}"
+    raise ModelError(f"model {shown} {state}")
 
 
 def _in_package(name: str) -> Source:

@@ -10,6 +10,7 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,10 +30,9 @@ def read_zero(parameter: torch.nn.Parameter) -> torch.Tensor:
 def load_zero(engine: Any, parameters: Sequence[torch.nn.Parameter], values: Sequence[torch.Tensor]) -> None:
     """Write the values into the parameters and into the copy that ZeRO steps on. engine: the DeepSpeed engine."""
     import torch
-    from deepspeed.zero import GatheredParameters  # type: ignore[import-not-found]
 
     cut_up = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    with GatheredParameters(cut_up, modifier_rank=0, enabled=bool(cut_up)), torch.no_grad():
+    with _gathered(cut_up), torch.no_grad():
         for parameter, value in zip(parameters, values, strict=True):
             if not cut_up or torch.distributed.get_rank() == 0:
                 parameter.copy_(value)
@@ -40,6 +40,16 @@ def load_zero(engine: Any, parameters: Sequence[torch.nn.Parameter], values: Seq
         engine.optimizer.refresh_fp32_params()
     if not cut_up:
         _load_exact(parameters, values)
+
+
+def _gathered(parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[None]:
+    """Whole inside; what rank 0 has written there is everyone's afterwards."""
+    if not parameters:
+        return nullcontext()
+    import deepspeed  # type: ignore[import-not-found]
+
+    found: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0)
+    return found
 
 
 def _load_exact(parameters: Sequence[torch.nn.Parameter], values: Sequence[torch.Tensor]) -> None:

@@ -6,11 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fate_llm.core.errors import ConfigurationError
-
-from ..federation import PartySettings, load_party
-from ..store.engine import sqlite_url
 from ..store.store import Store
+from ..trust.home import open_home
 from .models import ModelRegistry
 from .store import ArtifactStore
 
@@ -40,25 +37,14 @@ def open_stores(home: Path, *, now: Callable[[], float], create: bool = False) -
         ConfigurationError: party.yaml or what it names is not there or wrong. MissingExtra: a driver or plug-in is not
             installed. StoreLost: the database or the place of the artifacts cannot be used.
     """
-    settings, _ = load_party(home / "party.yaml")
-    state = settings.state
+    found = open_home(home)
     if create:
-        try:
-            state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigurationError(f"the folder {state} cannot be made: {error.strerror}") from None
-    store = Store.open(settings.store or sqlite_url(state / "fate.db"), now=now, create=create)
+        found.make_state()
+    store = Store.open(found.store_url, now=now, create=create)
     try:
-        artifacts = ArtifactStore(_place(home, settings))
+        artifacts = ArtifactStore(found.artifacts_url)
     # The boundary of opening: whatever goes wrong, no connection is left behind.
     except BaseException:
         store.close()
         raise
-    return PartyStores(settings.party, store, artifacts, ModelRegistry(store, artifacts))
-
-
-def _place(home: Path, settings: PartySettings) -> str | Path:
-    """Where the artifacts are: a URL, or a folder that a relative path leads to from party.yaml."""
-    if settings.artifacts is None:
-        return settings.state / "artifacts"
-    return settings.artifacts if "://" in settings.artifacts else home.absolute() / settings.artifacts
+    return PartyStores(found.party, store, artifacts, ModelRegistry(store, artifacts))

@@ -185,7 +185,7 @@ class _Said:
     """What one end says of the messages of one key."""
 
     listed: dict[tuple[int, str], int] = field(default_factory=dict)  # ordinal, digest: bytes
-    groups: list[str] = field(default_factory=list)  # folds of what is listed, one for each group
+    groups: list[list[tuple[int, str]]] = field(default_factory=list)  # the same by group
     folded: dict[str, tuple[int, int]] = field(default_factory=dict)  # fold: count, bytes
     protections: set[str] = field(default_factory=set)
 
@@ -315,8 +315,9 @@ class _Verifier:
             elif not said.folded:
                 text = f"{where}: {receiver} received {each[:16]}... from {sender}, which says nothing of it"
                 self._fault("not_sent", text, party=sender, task=task, round=number)
+        known = said.folded.keys() | {fold(group) for group in said.groups if heard.folded}
         for total, (count, _) in heard.folded.items():
-            if total not in said.folded and total not in said.groups and said.count <= count:
+            if total not in known and said.count <= count:
                 text = f"{where}: the {count} messages that {receiver} received from {sender} are not those it sent"
                 self._fault("differs", text, party=sender, task=task, round=number)
         ours, theirs = said.protections - {""}, heard.protections - {""}
@@ -381,7 +382,8 @@ class _Verifier:
         found: dict[tuple[str, int], dict[str, Ended]] = defaultdict(dict)
         for party, said in self._statements.items():
             for ended in said.rounds:
-                found[ended.task, ended.round][party] = ended
+                for number in ended.rounds:
+                    found[ended.task, number][party] = ended
         return dict(sorted(found.items()))
 
     def _table(self) -> Iterator[Contribution]:
@@ -431,7 +433,7 @@ def _collect(found: dict[_Key, _Said], group: Group, *, sender: str = "", receiv
         said.protections.add(group.protection)
         by_peer[told.peer].append((told.ordinal, told.digest))
     for peer, listed in by_peer.items():
-        place(peer).groups.append(fold(listed))
+        place(peer).groups.append(listed)
     for many in group.folded:
         said = place(many.peer)
         said.folded[many.digest] = (many.count, many.bytes)

@@ -23,7 +23,7 @@ from fate_llm.core.interfaces import Frozen
 from fate_llm.security.audit_chain import Head
 from fate_llm.security.identity import Identity, PublicIdentity
 
-from .transcript import Message, Noted
+from .transcript import ClosedRound, Message, Noted
 
 __all__ = [
     "Ended",
@@ -78,11 +78,11 @@ class Group(Frozen):
 
 
 class Ended(Frozen):
-    """A round of a task, and who was counted in it."""
+    """Rounds of a task in which the same parties were counted."""
 
     attempt: Count
     task: Text
-    round: Count
+    rounds: tuple[Count, ...]
     contributors: tuple[Text, ...] = Field(max_length=1000)
     missing: tuple[Text, ...] = Field((), max_length=1000)
 
@@ -143,10 +143,7 @@ def statement(
         time=time,
         sent=_groups(m for m in transcript.messages if m.direction == "sent"),
         received=_groups(m for m in transcript.messages if m.direction == "received"),
-        rounds=tuple(
-            Ended(attempt=r.attempt, task=r.task, round=r.round, contributors=r.contributors, missing=r.missing)
-            for r in sorted(transcript.rounds, key=lambda r: (r.task, r.round))
-        ),
+        rounds=_ended(transcript.rounds),
         damaged=transcript.damaged,
         audit=None if audit is None else LogHead(n=audit.n, hash=audit.hash),
     )
@@ -200,6 +197,16 @@ def check_statement(data: object, public: PublicIdentity, *, job: str, digest: s
 class _Signed(Frozen):
     statement: dict[str, Any]
     signature: str = Field(pattern=r"^[0-9a-f]{128}$")
+
+
+def _ended(rounds: Iterable[ClosedRound]) -> tuple[Ended, ...]:
+    by_parties: dict[tuple[str, int, tuple[str, ...], tuple[str, ...]], list[int]] = defaultdict(list)
+    for closed in rounds:
+        by_parties[closed.task, closed.attempt, closed.contributors, closed.missing].append(closed.round)
+    return tuple(
+        Ended(attempt=attempt, task=task, rounds=tuple(sorted(numbers)), contributors=contributors, missing=missing)
+        for (task, attempt, contributors, missing), numbers in sorted(by_parties.items())
+    )
 
 
 @dataclass(frozen=True, slots=True, order=True)

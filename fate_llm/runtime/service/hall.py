@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from fate_llm.core.errors import ConfigurationError
 from fate_llm.security.identity import Identity
@@ -18,13 +18,14 @@ from ..artifacts.store import ArtifactStore
 from ..federation import Federation, load_federation
 from ..record.audit import AuditLog
 from ..store.store import Store
-from ..trust.catalog import FingerprintCache
+from ..trust.catalog import Catalog, FingerprintCache
 from ..trust.home import Home
+from ..trust.policy_schema import Policy
 from .clerk import Clerk
 from .post import Post
 from .workers import Over, Said, Workers
 
-__all__ = ["Hall", "News", "Roster", "open_hall"]
+__all__ = ["Fresh", "Hall", "News", "Roster", "open_hall"]
 
 Put = Callable[[Callable[[], None]], None]
 
@@ -47,20 +48,41 @@ class News:
             self._changed.wait_for(lambda: self.version > version, timeout)
 
 
+Read = TypeVar("Read")
+
+
+def _look(path: Path | None) -> tuple[int, int, int]:
+    """Another value whenever the file has been written."""
+    try:
+        found = None if path is None else path.stat()
+    except OSError:
+        found = None
+    return (0, 0, 0) if found is None else (found.st_mtime_ns, found.st_size, found.st_ino)
+
+
+class Fresh(Generic[Read]):
+    """What a file says, read again only when it was written: policy and catalogue change while the service runs."""
+
+    def __init__(self, path: Path | None, read: Callable[[], Read]) -> None:
+        self._path, self._read = path, read
+        self._known: tuple[tuple[int, int, int], Read] | None = None
+
+    def __call__(self) -> Read:
+        """Raises what reading raises, each time."""
+        stamp = _look(self._path)
+        if self._known is None or self._known[0] != stamp:
+            self._known = None
+            self._known = (stamp, self._read())
+        return self._known[1]
+
+
 class Roster:
     """The federation as its file says now: a partner may be added while the service runs."""
 
     def __init__(self, path: Path, present: Federation) -> None:
         self.present = present
         self._path = path
-        self._stamp = self._look()
-
-    def _look(self) -> tuple[int, int]:
-        try:
-            found = self._path.stat()
-        except OSError:
-            return (0, 0)
-        return (found.st_mtime_ns, found.st_size)
+        self._stamp = _look(path)
 
     def renew(self) -> bool:
         """Read the file again when it has changed; whether the roster is another now.
@@ -68,7 +90,7 @@ class Roster:
         Raises:
             ConfigurationError: it cannot be read, or is wrong; the roster stays as it was.
         """
-        stamp = self._look()
+        stamp = _look(self._path)
         if stamp == self._stamp:
             return False
         self._stamp = stamp
@@ -96,6 +118,8 @@ class Hall:
     now: Callable[[], float]
     say: Callable[[str], None]
     news: News
+    policy: Fresh[Policy]
+    catalog: Fresh[Catalog]
     _undo: contextlib.ExitStack = field(repr=False)
 
     @property
@@ -163,5 +187,7 @@ def open_hall(
             now,
             say,
             News(),
+            Fresh(home.settings.policy, home.policy),
+            Fresh(home.settings.catalog, home.catalog),
             undo.pop_all(),
         )

@@ -81,7 +81,7 @@ class Keeping:
                     self._hall.say(f"{case.job}: registered {record.name}@{record.version}")
 
     def _data(self, case: Case) -> list[DataFingerprint]:
-        catalog = self._hall.home.catalog()
+        catalog = self._hall.catalog()
         names = [name for name in case.accepted().opens if name in catalog.paths()]
         found = [(name, catalog.fingerprint(name, self._hall.fingerprints)) for name in names]
         return [DataFingerprint(name=name, digest=print_.digest, records=print_.records) for name, print_ in found]

@@ -335,7 +335,7 @@ class LeadMachine:
     def _failed(self, present: Mapping[str, Report], now: float) -> list[Action]:
         """A part has failed: wait a little for the cause, then try again or end."""
         cause, party = self._cause(present)
-        known = not isinstance(cause, FederationError | JobCancelled)
+        known = not _is_consequence(cause)
         over = all(p in present and present[p].state.ended for p in self.members)
         if self.failing is None:
             self.failing = now
@@ -353,9 +353,10 @@ class LeadMachine:
         return self._end(state, trouble_of(cause, party), now)
 
     def _cause(self, present: Mapping[str, Report]) -> tuple[FateError, str]:
-        """The first real cause, and whose it is."""
+        """The first real cause, and whose it is. Who cancelled itself is known by its wish: no other is a cause."""
         errors = {party: _error(report) for party, report in present.items() if _has_failed(report)}
-        cause = cause_of(errors, cancelled=False)
+        real = {party: error for party, error in errors.items() if not isinstance(error, JobCancelled)}
+        cause = cause_of(real or errors, cancelled=False)
         assert cause is not None
         return cause, next(party for party, error in errors.items() if error is cause)
 
@@ -454,10 +455,19 @@ class LeadMachine:
         if not all(_has_closed(report) for report in told.values()) and self.waited < self.lost_after:
             return []
         present = {party: report for party, report in told.items() if report is not None}
-        if self.by_parts and any(_has_failed(report) for report in present.values()):
-            self.trouble = trouble_of(*self._cause(present))  # it may have come after what it caused
+        if self.by_parts and self.state is JobState.FAILED:
+            self._look_for_cause(present)
         self.composing = True
         return [MakeDossier(self.state, self.trouble, self.attempt, self.statements)]
+
+    def _look_for_cause(self, present: Mapping[str, Report]) -> None:
+        """A party's own error may have come after what it caused."""
+        decided = self.trouble
+        known = decided is not None and not _is_consequence(error_from(decided.code, decided.message, decided.hint))
+        if not known and any(_has_failed(report) for report in present.values()):
+            cause, party = self._cause(present)
+            if not _is_consequence(cause):
+                self.trouble = trouble_of(cause, party)
 
     # --- views and words ---
 
@@ -547,8 +557,14 @@ def _has_closed(report: Report | None) -> bool:
 
 def _error(report: Report) -> FateError:
     if report.trouble is None:
-        return FateError("its part ended without saying why")
+        why = "its part ended without saying why"
+        return JobCancelled(why) if report.state is PartState.CANCELLED else FateError(why)
     return error_from(report.trouble.code, report.trouble.message, report.trouble.hint)
+
+
+def _is_consequence(error: FateError) -> bool:
+    """Something that parties suffer from each other; the cause may be elsewhere."""
+    return isinstance(error, FederationError | JobCancelled)
 
 
 def _cancelled(by: str, reason: str, party: str) -> Trouble:

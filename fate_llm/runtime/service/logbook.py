@@ -45,7 +45,7 @@ class Logbook:
 
     def _rules(self) -> Show:
         try:
-            return self._hall.home.policy().show
+            return self._hall.policy().show
         except ConfigurationError:  # said when it matters; until it is mended, nothing is shown
             return Show()
 

@@ -72,7 +72,7 @@ __all__ = [
 
 Verdict = Literal["accept", "manual", "refuse"]
 
-_AWAKE = 30.0  # seconds: of a longer pause between two events we slept ourselves, and heard nobody
+_AWAKE = 5.0  # seconds: in a longer pause between two events we slept ourselves, and heard nobody
 _LONGEST = 300.0  # seconds between two words to a lead that gives no sign of life
 _CALM = 1.0  # seconds between two words of mere progress
 _BACKOFF = (0.5, 30.0)  # seconds until a worker that died is started again: at first, at most
@@ -580,6 +580,7 @@ class PartMachine:
         actions: list[Action] = []
         if self.wish == "resume" and not 0 <= event.now - self.wished <= self.lost_after:
             self.wish = self.wish_reason = ""
+            self.closed = False  # until the lead has heard that it is not wished any more
             actions.append(Note("wish_unheard", {"seconds": self.lost_after}))
         engaged = self.end is None and (self.room is not _Room.NONE or self.worker is not _Worker.NONE)
         if engaged and not self.alone and self.silence >= self.lost_after:

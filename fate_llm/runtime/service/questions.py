@@ -72,7 +72,7 @@ class Questions:
             spec = verify(signed, self._hall.roster.present, self._hall.now())
             if signed.specification.initiator != sender:
                 return _trouble(question, "policy_refused", f"{sender} asks for {signed.specification.initiator}")
-            policy, catalog = self._hall.home.policy(), self._hall.home.catalog()
+            policy, catalog = self._hall.policy(), self._hall.catalog()
             costs = estimate(spec, self._hall.me, catalog.paths(), self._seconds, self._hall.jobs)
             found = evaluate(
                 policy,

@@ -109,7 +109,6 @@ class TakingPart:
 
     def _over(self, case: Case, news: Over, now: float) -> None:
         if news.end is None:
-            self._lines.note(case, "worker_died", "", now, {"how": news.how})
             self.handle(case, part.WorkerDied(news.attempt, news.how, now))
             return
         error = news.end.get("error")
@@ -160,9 +159,8 @@ class TakingPart:
 
     def _judge(self, case: Case, now: float) -> tuple[str, part.Verdict, tuple[Finding, ...]]:
         """Digest of the policy, and what it says."""
-        home = self._hall.home
         try:
-            policy, catalog = home.policy(), home.catalog()
+            policy, catalog = self._hall.policy(), self._hall.catalog()
             accepted = case.part.verdict is not None or case.part.attempt > 1
             verify(case.signed, self._hall.roster.present, now, accepted=accepted)
             found: Evaluation = evaluate(
@@ -197,7 +195,7 @@ class TakingPart:
             row = self._hall.store.finished_task(print_)
             return None if row is None or row.started is None or row.ended is None else row.ended - row.started
 
-        return estimate(case.spec, self._hall.me, self._hall.home.catalog().paths(), seconds, case.folder.path)
+        return estimate(case.spec, self._hall.me, self._hall.catalog().paths(), seconds, case.folder.path)
 
     def _known_initiators(self) -> set[str]:
         """Of whom a job was let in before."""
@@ -256,7 +254,8 @@ class TakingPart:
             case.track.begin(finished)
             self._hall.audit.append("started", job=case.job, digest=case.signed.digest, attempt=action.attempt)
         case.started = case.started or now
-        self._lines.note(case, "worker_started", "", now, {"attempt": action.attempt, "again": action.again})
+        started = {"attempt": action.attempt, "again": action.again}
+        self._lines.note(case, "worker_started", "", now, started)
         if case.reused:
             then = partial(self._started, case, action, finished)
             self._hall.clerk.do(partial(self._keeping.take_over, case), lambda _: then())
@@ -268,7 +267,7 @@ class TakingPart:
         if case.part.attempt != action.attempt or case.part.state.ended:
             return
         settings, accepted = self._hall.home.settings, case.accepted()
-        paths = self._hall.home.catalog().paths()
+        paths = self._hall.catalog().paths()
         order = worker_order(
             case.signed,
             party=self._hall.me,

@@ -33,15 +33,18 @@ class Lines(Access):
         with self._begin(write=True) as connection:
             if connection.dialect.name == "postgresql":
                 connection.execute(text(f"SELECT pg_advisory_xact_lock({_LOCK})"))
-            floor = _floors(connection, job).get(party, -1)
-            new = 0
+            known = _known(connection, job, party, lines)
+            new: dict[int, Line] = {}
             for line in lines:
-                if line.number <= floor:
-                    continue
-                values = {"job": job, "party": party, "number": line.number, "content": _content(line)}
-                statement = insert(connection, table).values(**values).on_conflict_do_nothing()
-                new += connection.execute(statement.returning(table.c.id)).first() is not None
-            return new
+                if line.number not in known:
+                    new.setdefault(line.number, line)
+            values = [
+                {"job": job, "party": party, "number": number, "content": _content(line)}
+                for number, line in new.items()
+            ]
+            if values:
+                connection.execute(insert(connection, table).on_conflict_do_nothing(), values)
+        return len(values)
 
     def lines(
         self, job: str, *, after: int = 0, party: str | None = None, limit: int = 500
@@ -85,6 +88,15 @@ def _floors(connection: Connection, job: str) -> dict[str, int]:
     table = schema.line_floors
     query = select(table.c.party, table.c.number).where(table.c.job == job)
     return {row[0]: row[1] for row in connection.execute(query)}
+
+
+def _known(connection: Connection, job: str, party: str, lines: Sequence[Line]) -> set[int]:
+    """Which of the lines' numbers are there, or were there and have been pruned."""
+    table, numbers = schema.lines, [line.number for line in lines]
+    floor = _floors(connection, job).get(party, -1)
+    query = select(table.c.number).where(table.c.job == job, table.c.party == party)
+    there = connection.scalars(query.where(table.c.number.between(min(numbers), max(numbers))))
+    return {*there, *(number for number in numbers if number <= floor)}
 
 
 def _raise_floor(connection: Connection, job: str, party: str, number: int) -> None:

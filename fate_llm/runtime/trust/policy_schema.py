@@ -193,10 +193,10 @@ class Show(Strict):
 class ManualRule(Strict):
     """A person decides on jobs of these initiators, or with these components, data sets or models; patterns."""
 
-    initiators: Listed[Pattern] = ()
-    components: Listed[Pattern] = ()
-    data: Listed[Pattern] = ()
-    models: Listed[Pattern] = ()
+    initiators: Listed[Pattern] = Field((), description="Jobs that one of these starts.")
+    components: Listed[Pattern] = Field((), description="Jobs that run one of these here.")
+    data: Listed[Pattern] = Field((), description="Jobs that open one of these names of the catalogue.")
+    models: Listed[Pattern] = Field((), description="Jobs with one of these models, written as under `models`.")
 
     @model_validator(mode="after")
     def _names_something(self) -> ManualRule:
@@ -214,7 +214,7 @@ class Retention(Strict):
 class Policy(Strict):
     """A party's rules; a section that is not there refuses what it speaks of."""
 
-    version: Version
+    version: Version = Field(description="Version of this file's language.")
     initiators: Listed[Name] = Field((), description="Who may start jobs here, this party itself included.")
     components: dict[Name, ComponentRule] = Field(
         default_factory=dict, description="What may run, within which bounds."

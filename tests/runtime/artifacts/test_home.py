@@ -32,10 +32,12 @@ def test_by_default_all_lies_in_the_state_folder(tmp_path: Path, make_folder: Ma
 
 
 def test_party_yaml_says_where_else(tmp_path: Path) -> None:
-    home = make_home(tmp_path / "home", store=f"sqlite:///{tmp_path}/other.db", artifacts="kept", state="memory")
+    home = make_home(
+        tmp_path / "home", store=f"sqlite:///{tmp_path}/other.db", artifacts=str(tmp_path / "kept"), state="memory"
+    )
     opened(home).close()
     assert (tmp_path / "other.db").is_file()
-    assert (home / "kept").is_dir()
+    assert (tmp_path / "kept").is_dir()
     assert list((home / "memory").iterdir()) == []
     opened(make_home(tmp_path / "second", artifacts=f"file://{tmp_path}/by-url")).close()
     assert (tmp_path / "by-url").is_dir()

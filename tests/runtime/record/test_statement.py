@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fate_llm.core.canonical import canonical_json
 from fate_llm.core.errors import BadSignature, FateError, PeerViolation
 from fate_llm.runtime.record.statement import check_statement, fold, read_statement
-from fate_llm.runtime.record.transcript import Message, Noted
+from fate_llm.runtime.record.transcript import ClosedRound, Message, Noted
 from tests.runtime.record.conftest import IDENTITIES, ROSTER
 from tests.runtime.record.parties import DIGEST, Job
 
@@ -30,7 +30,7 @@ def test_a_statement_has_everything_of_its_party() -> None:
     ]
     assert [(m.peer, m.ordinal, m.bytes) for m in found.sent[1].messages] == [("z", 1, 102)]
     assert [g.kind for g in found.received] == ["round.state", "round.state"]
-    assert [(r.round, r.contributors) for r in found.rounds] == [(1, ("a", "b", "c")), (2, ("a", "b", "c"))]
+    assert [(r.task, r.rounds, r.contributors) for r in found.rounds] == [("train", (1, 2), ("a", "b", "c"))]
 
 
 def test_messages_of_one_round_are_one_group() -> None:
@@ -147,7 +147,10 @@ def test_a_hundred_rounds_with_a_hundred_parties_stay_small() -> None:
         for peer in range(100)
         for way, kind in (("received", "round.term"), ("sent", "round.state"))
     ]
-    signed = Job().statement("z", transcript=Noted(tuple(messages)))
-    size = len(canonical_json(signed))
-    assert size < 3_000_000
+    parties = tuple(f"party-{peer}" for peer in range(100))
+    rounds = [ClosedRound("train", number, parties, (), 1) for number in range(1, 101)]
+    signed = Job().statement("z", transcript=Noted(tuple(messages), tuple(rounds)))
+    assert len(canonical_json(signed)) < 3_000_000
+    other = Job().statement("a", transcript=Noted(tuple(m for m in messages if m.peer == "party-5"), tuple(rounds)))
+    assert len(canonical_json(other)) < 60_000
     assert len(read_statement(signed, ROSTER["z"]).received) == 100

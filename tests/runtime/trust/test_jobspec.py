@@ -236,7 +236,7 @@ def test_a_signature_is_hex(signature: Any) -> None:
         SignedSpecification.from_data({**signed().to_data(), "signature": signature})
 
 
-@pytest.mark.parametrize("data", [{}, {"specification": {}}, {**{"signature": "0" * 128}, "specification": 5, "x": 1}])
+@pytest.mark.parametrize("data", [{}, {"specification": {}}, {"signature": "0" * 128, "specification": 5, "x": 1}])
 def test_other_objects_are_refused(data: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError):
         SignedSpecification.from_data(data)

@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fate_llm.core
 from fate_llm.core.errors import ConfigurationError
 from fate_llm.runtime.service.words import Line
-from fate_llm.runtime.trust.policy_schema import Show, load_policy, make_policy
+from fate_llm.runtime.trust.catalog import load_catalog
+from fate_llm.runtime.trust.policy_schema import Policy, Show, load_policy, make_policy
 from fate_llm.runtime.trust.schedule import Schedule
 from fate_llm.runtime.trust.templates import POLICY_TEMPLATE
 
@@ -208,3 +210,32 @@ def test_what_of_an_event_the_guest_sees(show: dict[str, Any], line: Line, field
     found = Show.model_validate(show).visible(line)
     assert (None if found is None else found.fields) == fields
     assert found is None or (found.number, found.event, found.task) == (line.number, line.event, line.task)
+
+
+# --- what the manual shows -----------------------------------------------------------------------------------------
+
+HOW_TO = Path(fate_llm.core.__file__).parents[2] / "docs" / "how-to"
+
+
+def shown(page: str, first: str) -> str:
+    """The block of a page that starts with this line."""
+    (found,) = re.findall(rf"^```yaml\n({re.escape(first)}\n.*?)^```", (HOW_TO / page).read_text(), re.M | re.S)
+    return str(found)
+
+
+def test_the_policy_in_the_manual_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text(shown("write-a-policy.md", "# policy.yaml"))
+    assert load_policy(path).model_fields_set == set(Policy.model_fields)
+
+
+def test_the_catalogue_in_the_manual_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "catalog.yaml"
+    path.write_text(shown("data-catalogue.md", "# catalog.yaml"))
+    assert set(load_catalog(path).entries) == {"loans-2025", "base-model"}
+
+
+def test_the_manual_speaks_of_every_section() -> None:
+    text = (HOW_TO / "write-a-policy.md").read_text()
+    for name in Policy.model_fields.keys() - {"version"}:
+        assert f"- **{name}**: " in text
