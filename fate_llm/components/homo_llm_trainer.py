@@ -193,7 +193,7 @@ class _Contributor:
 
     def run(self) -> None:
         ctx, params, turns = self.ctx, self.params, self.turns
-        with turns.take():
+        with turns.take(), self.ranks.together():
             self.ranks.join(device_of(params.loading))
             self.tokenizer = load_tokenizer(ctx, params.model)
             self.base = load_base(ctx, params.model, params.loading)

@@ -31,7 +31,7 @@ from typing import IO, Any
 from fate_llm.core.errors import FateError, InternalError, error_from
 from fate_llm.pipelines.check import check
 from fate_llm.pipelines.schema import PipelineSpec
-from fate_llm.protocols.channel import JobChannel
+from fate_llm.protocols.channel import JobChannel, Passed
 from fate_llm.protocols.link import SecureLink, Timing
 from fate_llm.protocols.transports.rabbitmq import BrokerAddress, RabbitTransport
 from fate_llm.security.identity import Identity, PublicIdentity
@@ -44,6 +44,7 @@ from .journal import replace_json
 from .local import one_malloc_arena
 from .metrics import prometheus_text
 from .party import PartyRun
+from .record.recorder import Recorder
 from .sharing import FileSlot, Sharing
 
 __all__ = ["main", "work"]
@@ -96,8 +97,11 @@ def work(order: Mapping[str, Any], commands: IO[str], say: Say) -> dict[str, Any
         shutil.rmtree(folder.path / "link", ignore_errors=True)
         return known  # killed between its last word to the others and that to who started it
     keep: list[Callable[[], None]] = []
+    recorder = _recorder(order)
 
     def observe(event: Event) -> None:
+        if recorder is not None:
+            recorder.heed(event)
         say({"event": [event.kind, event.party, event.task, event.seconds, dict(event.fields)]})
         if event.kind in _MILESTONES:
             for write in keep:
@@ -105,7 +109,8 @@ def work(order: Mapping[str, Any], commands: IO[str], say: Say) -> dict[str, Any
 
     events = EventLog(now=time.time, observers=(observe,))
     _wait_for_predecessor(journal / "session.lock")
-    transport, link, channel = _connect(order, journal, partial(events.emit, folder, order["party"], ""))
+    passed = None if recorder is None else recorder.passed
+    transport, link, channel = _connect(order, journal, partial(events.emit, folder, order["party"], ""), passed)
     keep.append(partial(_keep_metrics, folder.path / "federation.prom", order["party"], transport, link))
     listen = partial(_listen, commands, channel, link, order.get("orphan", "cancel"))
     threading.Thread(target=listen, name="commands", daemon=True).start()
@@ -126,6 +131,21 @@ def work(order: Mapping[str, Any], commands: IO[str], say: Say) -> dict[str, Any
         "link": {peer: asdict(counters) for peer, counters in link.counters.items()},
         "broker": asdict(transport.counters),
     }
+
+
+def _recorder(order: Mapping[str, Any]) -> Recorder | None:
+    """Where messages are put on record; None for a job that has no party's service behind it."""
+    if not order.get("audit"):
+        return None
+    return Recorder(
+        Path(order["audit"]["folder"]),
+        Path(order["audit"]["transcript"]),
+        identity=Identity.from_bytes(bytes.fromhex(order["identity"])),
+        party=order["party"],
+        job=order["job"],
+        attempt=order["attempt"],
+        now=time.time,
+    )
 
 
 def _run(
@@ -158,7 +178,10 @@ def _run(
 
 
 def _connect(
-    order: Mapping[str, Any], journal: Path, observer: Callable[[str, Mapping[str, Any]], None]
+    order: Mapping[str, Any],
+    journal: Path,
+    observer: Callable[[str, Mapping[str, Any]], None],
+    passed: Callable[[Passed], None] | None,
 ) -> tuple[RabbitTransport, SecureLink, JobChannel]:
     party, job, attempt = order["party"], order["job"], order["attempt"]
     durable = bool(order.get("durable"))
@@ -190,7 +213,9 @@ def _connect(
         observer=observer,
         on_gone=on_gone,
     )
-    channel = JobChannel(link, job=job, party=party, members=tuple(roster), observer=observer, durable=durable)
+    channel = JobChannel(
+        link, job=job, party=party, members=tuple(roster), observer=observer, durable=durable, on_passed=passed
+    )
     made.append(channel)
     for what in tuple(gone):  # before the channel was there
         channel.lost(*what)

@@ -15,6 +15,7 @@ from fate_llm.core.canonical import digest_folder
 from fate_llm.core.errors import InternalError
 from fate_llm.core.values import Artifact, ArtifactKind
 from tests.components.journaled_rounds import Federation, Killed, run_party
+from tests.components.real_model import real_model_folder
 from tests.components.tiny_model import make_tiny_model
 from tests.components.trainer_data import dataset
 
@@ -120,7 +121,11 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+QUICK = {"steps", "by length"}
+EACH = [pytest.param(mode, marks=() if mode in QUICK else pytest.mark.slow) for mode in MODES]
+
+
+@pytest.mark.parametrize("mode", EACH)
 def test_killed_anywhere_it_ends_the_same(tmp_path: Path, model: Path, inputs: Inputs, mode: str) -> None:
     params = params_of(model, mode)
     run_party(tmp_path / "whole", Federation(), params, inputs, journal=True)
@@ -158,7 +163,7 @@ def test_after_the_last_round_nothing_is_trained_again(tmp_path: Path, model: Pa
     assert end_of(tmp_path / "cut") == end_of(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("mode", ["steps", "epochs"])
+@pytest.mark.parametrize("mode", ["steps", pytest.param("epochs", marks=pytest.mark.slow)])
 def test_rounds_that_ended_without_us_stay_counted(tmp_path: Path, model: Path, inputs: Inputs, mode: str) -> None:
     params, missed = params_of(model, mode, rounds=5), frozenset({2})
     run_party(tmp_path / "whole", Federation(missed), params, inputs, journal=True)
@@ -188,6 +193,15 @@ def test_the_first_state_is_evaluated_once(tmp_path: Path, model: Path, inputs: 
     rows = json.loads((tmp_path / "outputs" / "metrics").read_text())["rounds"]
     assert [row["round"] for row in rows] == [0, 1, 2, 3]
     assert "test_loss" in rows[0]
+
+
+@pytest.mark.slow
+def test_the_real_model_goes_on_bit_for_bit(tmp_path: Path, inputs: Inputs) -> None:
+    real = Path(real_model_folder())
+    params = params_of(real, "steps", rounds=2, local_steps=2, batch_size=2, learning_rate=2e-4, save_every=0)
+    run_party(tmp_path / "whole", Federation(), params, inputs, journal=True)
+    assert lives(tmp_path / "cut", Federation(kill=once("step", 3)), params, inputs) == 2
+    assert end_of(tmp_path / "cut") == end_of(tmp_path / "whole")
 
 
 def test_finished_rounds_without_a_checkpoint_are_our_own_fault() -> None:

@@ -285,6 +285,7 @@ def resolved(tmp_path: Path, folder: str, given: dict[str, str]) -> subprocess.C
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", sorted(FILES))
 def test_a_compose_program_makes_the_same_of_the_files(tmp_path: Path, folder: str) -> None:
     done = resolved(tmp_path, folder, values(ROOT, folder))
@@ -302,6 +303,7 @@ def test_a_compose_program_makes_the_same_of_the_files(tmp_path: Path, folder: s
         assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("folder", "lacking"), [(PARTY, "PARTY_HOME"), (BROKER, "BROKER_FILES")])
 def test_without_its_folder_nothing_starts(tmp_path: Path, folder: str, lacking: str) -> None:
     done = resolved(tmp_path, folder, values(ROOT, folder) | {lacking: ""})

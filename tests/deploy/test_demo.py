@@ -139,6 +139,7 @@ def test_a_second_preparation_changes_nothing(made: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_the_broker_s_node_listens_on_loopback_with_tls_only(tmp_path: Path) -> None:
     require_rabbitmq()
     with node_folder() as folder:
@@ -204,6 +205,7 @@ def test_down_ends_what_a_demo_that_was_killed_has_left_and_nothing_else(tmp_pat
             process.wait()
 
 
+@pytest.mark.slow
 def test_a_demo_that_cannot_start_says_why_and_leaves_nothing_running(tmp_path: Path) -> None:
     (tmp_path / "federation").mkdir()  # an empty one: no broker's files in it
     done = run(sys.executable, DEMO / "processes.py", "up", "--folder", tmp_path, "--no-job")

@@ -25,7 +25,7 @@ from .program import HOME, ROOT, command_fault, demo_module, library, needs_serv
 FOLDER = "deploy/kubernetes/party"
 BROKER = "deploy/kubernetes/broker/rabbitmq.yaml"
 BASE, EXAMPLE = f"{FOLDER}/base", f"{FOLDER}/example"
-VERSIONS = ("1.29", "1.33", "1.37")
+VERSIONS = ("1.29", "1.37")
 UID = 10001
 
 
@@ -315,6 +315,7 @@ def test_the_schemas_refuse_what_is_none() -> None:
         found.validate(item, VERSIONS[-1], strict=True)
 
 
+@pytest.mark.slow
 def test_kubectl_renders_the_same(tmp_path: Path) -> None:
     """Not in CI, which has no kubectl: there our own rendering is what is checked."""
     tool = shutil.which("kubectl")

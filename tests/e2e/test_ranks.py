@@ -182,6 +182,7 @@ def test_killed_ranks_go_on_bit_for_bit(tmp_path: Path, two_banks: dict[str, Any
 
     cut = run(make(tmp_path / "cut"), two_banks, broker, at)
 
+    assert [party.end["error"] for party in cut.values() if party.end] == [None, None]
     assert killed == ["rank 1", "torchrun"]
     assert cut["bank-a"].lives == 3
     for party in ("bank-a", "bank-b"):

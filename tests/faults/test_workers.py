@@ -196,22 +196,19 @@ def serve(
 
 
 CELLS = {
-    "a contributor before the agreement": ({"b": "start/before/1"}, True),
     "a contributor in the agreement": ({"b": "agree/after/1"}, True),
     "a contributor in local work": ({"b": "work/after/2"}, True),
     "a contributor in the middle of a send": ({"b": "chunk/after/2"}, True),
     "a contributor after sending": ({"b": "send/after/3"}, True),
-    "a contributor after its journal": ({"b": "commit/after/3"}, True),
-    "a contributor at its end": ({"b": "goodbye/after/1"}, True),
-    "the arbiter in the agreement": ({"z": "agree/after/2"}, True),
-    "the arbiter in collect": ({"z": "collect/before/2"}, True),
     "the arbiter after its journal, before telling": ({"z": "commit/after/3"}, True),
     "the arbiter in the final sum": ({"z": "commit/after/6"}, True),
     "the arbiter at its end": ({"z": "done/after/1"}, True),
     "the guest that coordinates, after its journal": ({"a": "commit/after/4"}, False),
-    "the guest that coordinates, in local work": ({"a": "work/after/3"}, False),
-    "both contributors": ({"a": "send/after/2", "b": "commit/before/2"}, True),
-    "the arbiter and a contributor": ({"z": "acknowledge/before/3", "b": "contribute/before/2"}, True),
+    "both contributors, before the agreement and after a journal": (
+        {"a": "start/before/1", "b": "commit/after/3"},
+        True,
+    ),
+    "the arbiter and a contributor": ({"z": "collect/before/2", "b": "contribute/before/2"}, True),
     "all of them at the end": ({"a": "note/after/1", "b": "ended/after/1", "z": "close/after/1"}, True),
 }
 

@@ -923,17 +923,22 @@ def test_a_coordinator_that_had_ended_tells_everybody_its_end(make_cohort: MakeC
     assert machine.phase is CoordinatorPhase.FINISHED
 
 
-def test_who_has_left_is_not_told_and_not_waited_for(make_cohort: MakeCohort) -> None:
+def test_who_has_left_is_not_told_and_what_it_had_sent_counts(make_cohort: MakeCohort) -> None:
     cohort = make_cohort(3, quorum=1)
     machine = coordinator(cohort)
-    actions = machine.handle(resume(cohort, 1, gone={"b": "done", "c": "broke"}), 0.0)
+    actions = machine.handle(resume(cohort, 1, left=frozenset("bc")), 0.0)
     assert told(actions) == [("a", STATE, 1)]
-    assert isinstance(machine.handle(term(cohort, "a", 2), 1.0)[-1], Collected)
+    for event in (term(cohort, "b", 2), term(cohort, "a", 2), Gone("b", "broke"), Gone("c", "broke")):
+        actions = machine.handle(event, 1.0)
+    assert isinstance(actions[-1], Collected)
+    assert actions[-1].total.contributors == ("a", "b")
 
 
 def test_too_few_left_for_the_quorum_fail_it_at_once(make_cohort: MakeCohort) -> None:
     cohort = make_cohort(2)
-    actions = coordinator(cohort).handle(resume(cohort, 1, gone={"b": "broke"}), 0.0)
+    machine = coordinator(cohort)
+    machine.handle(resume(cohort, 1, left=frozenset("b")), 0.0)
+    actions = machine.handle(Gone("b", "broke"), 0.0)
     assert isinstance(actions[-1], Failed) and isinstance(actions[-1].error, QuorumLost)
 
 

@@ -47,7 +47,7 @@ def test_a_death_at_every_single_operation_changes_no_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arbiter: bool
 ) -> None:
     # Given an undisturbed run, and how many operations each party has in it
-    data = pipeline(arbiter=arbiter)
+    data = pipeline(arbiter=arbiter, talk=arbiter, rounds=2 if arbiter else 3)
     quiet = undisturbed(tmp_path / "quiet", data, monkeypatch)
     seen = set()
     for name, count in quiet.operations().items():
@@ -89,7 +89,7 @@ def test_any_deaths_of_any_parties_change_no_bit(
     shared_folder: Path, monkeypatch: pytest.MonkeyPatch, arbiter: bool, data: st.DataObject
 ) -> None:
     # Given lives of some operations each, for all parties
-    job = pipeline(arbiter=arbiter, rounds=2)
+    job = pipeline(arbiter=arbiter, rounds=2, talk=arbiter and data.draw(st.booleans(), label="talk"))
     quiet = undisturbed(shared_folder / f"quiet{next(NUMBERS)}", job, monkeypatch)
     lives = st.lists(st.integers(1, 12), max_size=4)
     deaths = {name: data.draw(lives, label=name) for name in quiet.spec.members}

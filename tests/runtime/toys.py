@@ -215,12 +215,15 @@ class Stepper(_Toy):
         die: str = Field("", description="party/round of the death, in the first attempt only.")
         pause: float = Field(0.0, description="Seconds of work in each round.")
         encode: bool = Field(False, description="Send terms as int8, whose rounding is kept.")
+        talk: bool = Field(False, description="Say more: a word before the rounds, a word and a sum in each.")
 
     outputs: ClassVar[Mapping[str, Port]] = {"model": Port(MODEL, "The last state.")}
 
     def guest(self, ctx: Context) -> None:
         params: Stepper.Params = ctx.params
         seed, memory = ctx.seed(ctx.task, ctx.party), Memory(params.size)
+        if params.talk:
+            memory.values += np.float32(ctx.channel.receive(ctx.cohort.coordinator, "word").fields["n"])
         rounds = ctx.contributor_rounds(
             params.rounds, protection="plain", hooks=self._hooks(ctx), keep={"memory": memory}
         )
@@ -230,6 +233,10 @@ class Stepper(_Toy):
                 time.sleep(params.pause)
                 self._maybe_die(ctx, current.number)
                 step = np.random.default_rng([seed, current.number]).normal(size=params.size).astype(np.float32)
+            if params.talk:
+                ctx.channel.send(ctx.cohort.coordinator, "word", Payload({"n": float(step[0])}))
+                sums = ctx.channel.aggregate("count", {"n": float(current.number)}, protection="plain")
+                step = step + np.float32(sums["n"])
             state = current.contribute({"x": memory.move(step)}, weight=1.0, sums={"count": 1.0}).state
         sums = ctx.channel.aggregate("final", {"sum": float(memory.values.sum())}, protection="plain")
         ctx.output("model").write_bytes(state["x"].tobytes() + json.dumps(sums).encode())
@@ -237,12 +244,19 @@ class Stepper(_Toy):
     host = guest
 
     def arbiter(self, ctx: Context) -> None:
-        memory = Memory(ctx.params.size)
+        memory, talk = Memory(ctx.params.size), ctx.params.talk
+        if talk:
+            for party in ctx.cohort.contributors:
+                ctx.channel.send(party, "word", Payload({"n": 0.5}))
         rounds = ctx.coordinator_rounds(
             ctx.params.rounds, protection="plain", hooks=self._hooks(ctx), keep={"memory": memory}
         )
         state = rounds.start()
         for current in rounds:
+            if talk:
+                words = [ctx.channel.receive(party, "word").fields["n"] for party in ctx.cohort.contributors]
+                memory.values = memory.values + np.float32(sum(words) * current.number)
+                ctx.channel.aggregate("count", None, protection="plain")
             total = current.collect()
             state = {"x": state["x"] + memory.move(total.mean["x"])}
             current.publish(state)

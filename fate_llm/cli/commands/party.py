@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..output import home_option, json_option, print_json, reports_errors
+from ..serving import approvals, health, serve
 
 if TYPE_CHECKING:
     from fate_llm.runtime.federation import Topology
@@ -124,3 +125,9 @@ def card(home: Path, as_json: bool) -> None:
         print_json(parse(text, None).data)
         return
     click.echo(text, nl=False)
+
+
+# --- serve, health, approvals -------------------------------------------------------------------------------------
+
+for _command in (serve, health, approvals):
+    party.add_command(_command)

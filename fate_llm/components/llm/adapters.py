@@ -18,7 +18,7 @@ from fate_llm.core.interfaces import Frozen
 from fate_llm.core.values import Array, Arrays, require_same_layout
 
 from .modelref import ModelRef, ModelShapes, default_targets
-from .zero import load_zero, read_zero
+from .zero import load_zero, read_zero, whole_size
 
 if TYPE_CHECKING:
     import torch
@@ -160,8 +160,9 @@ def _wire_name(name: str) -> str:
 
 def trainable_report(model: Module) -> dict[str, float | int]:
     """Counts: {"trainable", "total", "percent", "bytes_fp32", "bytes_bf16"}; bytes of one exchange of the trainable."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    counts = [(whole_size(p), p.requires_grad) for p in model.parameters()]
+    trainable = sum(size for size, trains in counts if trains)
+    total = sum(size for size, _ in counts)
     percent = round(100.0 * trainable / total, 4)
     return {
         "trainable": trainable,

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -33,6 +35,7 @@ __all__ = ["DEEPSPEED", "PATIENCE", "RankedRounds", "Ranks", "World", "deepspeed
 
 DEEPSPEED = "FATE_LLM_DEEPSPEED"  # environment: the party's own DeepSpeed configuration as JSON; see runtime.launch
 PATIENCE = timedelta(days=30)
+_NEWS = 10.0  # seconds in which a rank's death is known at rank 0, see runtime.launch
 Fields = dict[str, Any]
 
 
@@ -107,6 +110,19 @@ class Ranks:
         if not torch.distributed.is_initialized():
             backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
             torch.distributed.init_process_group(backend, timeout=PATIENCE)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Where ranks compute. One that is killed breaks what the others share, and rank 0's process is ended for it.
+
+        What broke here is then no error of the job: the error waits until it is known that no rank was killed.
+        """
+        try:
+            yield
+        except RuntimeError:  # what torch raises when a peer is gone
+            if self.world.size > 1:
+                time.sleep(_NEWS)
+            raise
 
     def trainer_arguments(self, deepspeed: Mapping[str, Any] | None) -> dict[str, Any]:
         """What the Trainer must know: a batch is cut among the ranks, so that a step sees the records of one rank."""

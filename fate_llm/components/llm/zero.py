@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["load_zero", "read_zero"]
+__all__ = ["load_zero", "read_zero", "whole_size"]
+
+
+def whole_size(parameter: torch.nn.Parameter) -> int:
+    """Number of values of a parameter, also while ZeRO has cut it up."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def read_zero(parameter: torch.nn.Parameter) -> torch.Tensor:

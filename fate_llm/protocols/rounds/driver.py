@@ -4,7 +4,8 @@ A component iterates over rounds and calls `contribute` or `collect` and `publis
 deadlines, quorum, late parties, protection and journals happens behind these three.
 
 Where there is a journal, a contributor commits the state it begins with, and each round when its loop asks for the next
-one; the coordinator commits before it tells anybody of a round's state. `docs/explanation/rounds.md` says what happens after a kill at any moment.
+one; the coordinator commits before it tells anybody of a round's state. `docs/explanation/rounds.md` says what happens
+after a kill at any moment.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ class CoordinatorDriver:
             tuple(fields["contributors"]),
             fields["stop"],
             fields["layouts"],
-            {party: left.reason for party, left in setting.channel.left.items()},
+            frozenset(setting.channel.left),
         )
         setting.emit("resumed", round=saved.number, rounds=setting.rounds)
         self._apply(self._handle(resume))

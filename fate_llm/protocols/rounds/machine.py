@@ -118,8 +118,8 @@ class Publish:
 class Resume:
     """To a coordinator, before anything else: the last round it had committed, and may have published.
 
-    sums, contributors, stop: as the state was told. layouts: by party, of those who had said hello. gone: reasons by
-    party, of those who are known to have left.
+    sums, contributors, stop: as the state was told. layouts: by party, of those who had said hello. left: parties that
+    need not be told; that they are gone is heard after what they had sent, as ever.
     """
 
     number: int
@@ -128,7 +128,7 @@ class Resume:
     contributors: tuple[str, ...]
     stop: bool
     layouts: Mapping[str, str]
-    gone: Mapping[str, str] = field(default_factory=dict)
+    left: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,16 +294,16 @@ class CoordinatorMachine:
 
     def _resume(self, event: Resume, now: float) -> list[Action]:
         self.state = event.state
-        self.gone.update(event.gone)
         self._layouts = {p: event.layouts[p] for p in self.cohort.contributors if p in event.layouts}
         over = event.stop or event.number >= self.rounds
-        receivers = self.cohort.contributors if over else tuple(self._layouts)  # who comes late finds nobody any more
+        known = self.cohort.contributors if over else tuple(self._layouts)  # who comes late finds nobody any more
+        receivers = [party for party in known if party not in event.left]
         tells = self._tell_state(event.number, event.sums, event.contributors, event.stop, receivers)
         if over:
             self.number, self.phase = event.number, CoordinatorPhase.FINISHED
             return tells
         self._open(event.number + 1, now)
-        return [*tells, *self._close_if_alone()]
+        return tells
 
     def _tell_state(
         self, number: int, sums: Mapping[str, float], by: tuple[str, ...], stop: bool, receivers: Iterable[str]

@@ -32,7 +32,17 @@ from fate_llm.core.errors import (
 )
 from fate_llm.core.interfaces import Frozen
 
-__all__ = ["LARGEST_BODY", "Calls", "create_app", "status_of"]
+__all__ = [
+    "LARGEST_BODY",
+    "Asked",
+    "Calls",
+    "Decision",
+    "Rerun",
+    "Submission",
+    "Wish",
+    "create_app",
+    "status_of",
+]
 
 LARGEST_BODY = 2 * 1024 * 1024  # bytes of a request; a pipeline has some thousand
 _LONGEST_WAIT = 30.0

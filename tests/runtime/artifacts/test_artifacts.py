@@ -243,7 +243,6 @@ def plant(place: str, **manifest: Any) -> str:
 
 EVIL = [
     "../evil",
-    "/evil",
     "a/../../evil",
     "a/..",
     "..",
@@ -260,16 +259,25 @@ EVIL = [
 def test_no_manifest_writes_outside_its_target(place: str, make_folder: MakeFolder, tmp_path: Path) -> None:
     ref = ArtifactStore(place).put(make_folder(good="evil content"), kind="model")
     file = ArtifactStore(place).contents(ref.digest)["good"]
-    for name in EVIL:
+    for name in (*EVIL, f"{tmp_path}/evil"):
         evil = plant(place, folder=True, files={name: {"digest": file.digest, "bytes": file.bytes}})
         before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
         with pytest.raises(DataError, match=r"manifest of artifact .* is damaged"):
             ArtifactStore(place).get(evil, tmp_path / "copy")
         assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
-        assert not (tmp_path / "copy").exists() and not Path("/evil").exists()
+        assert not (tmp_path / "copy").exists()
     fine = plant(place, folder=True, files={"..fine": {"digest": file.digest, "bytes": file.bytes}})
     ArtifactStore(place).get(fine, tmp_path / "copy")
     assert contents(tmp_path / "copy") == {"..fine": b"evil content"}
+
+
+def test_a_manifest_that_lies_about_a_size(place: str, make_folder: MakeFolder, tmp_path: Path) -> None:
+    ref = ArtifactStore(place).put(make_folder(good="content"), kind="model")
+    file = ArtifactStore(place).contents(ref.digest)["good"]
+    for size in (0, 6, 8, 2**62):
+        lie = plant(place, folder=True, files={"good": {"digest": file.digest, "bytes": size}})
+        with pytest.raises(DataError, match="is damaged"):
+            ArtifactStore(place).get(lie, tmp_path / "copy")
 
 
 def test_a_file_that_is_a_folder_too(place: str, make_folder: MakeFolder, tmp_path: Path) -> None:

@@ -298,6 +298,9 @@ def test_a_merged_export_says_what_it_is(registry: ModelRegistry, register: Regi
     front = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---")[1])
     assert (front["library_name"], front["base_model_relation"]) == ("transformers", "finetune")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["README.md", "lineage.json", "model.safetensors"]
+    for name in ("README.md", "lineage.json"):  # somebody else's card does not count either
+        (tmp_path / "out" / name).unlink()
+    assert digest_folder(tmp_path / "out") == lineage["files_digest"]
 
 
 def test_a_whole_model_is_merged_already(registry: ModelRegistry, register: Register, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from fate_llm.core.errors import ConfigurationError, FateError, FederationError,
 from fate_llm.runtime.record import audit
 from fate_llm.runtime.record.audit import KINDS, AuditLog, audit_files
 from fate_llm.runtime.record.reading import LogReader
-from fate_llm.security.audit_chain import Entry
+from fate_llm.security.audit_chain import MAX_LINE, Entry
 from tests.cli.conftest import environment
 from tests.runtime.record.conftest import IDENTITIES, ROSTER, OpenLog, passed
 
@@ -453,7 +453,7 @@ def test_a_changed_end_is_not_written_to(open_log: OpenLog) -> None:
         first.replace(b'"party":"a"', b'"party":"a" '),
         first + second.replace(b'"j"', b'"k"') + third[:50],
         b"\n\n\n",
-        b"x" * (audit.MAX_LINE + 100),
+        b"x" * (MAX_LINE + 100),
     ):
         path.write_bytes(content)
         with pytest.raises(FateError) as caught:

@@ -410,7 +410,9 @@ def test_files_that_are_no_dossier_are_refused(tmp_path: Path) -> None:
 
 def test_the_identities_that_it_names_itself() -> None:
     assert pins_of(Job().run().dossier()) == ROSTER
-    for broken in ({}, {"specification": None}, {"specification": {"specification": {"members": {"a": {}}}}}):
+    inner: dict[str, Any] = {"members": {"a": {}}}
+    broken: dict[str, Any]
+    for broken in ({}, {"specification": None}, {"specification": {"specification": inner}}):
         with pytest.raises(DataError, match="not a dossier"):
             pins_of(broken)
 

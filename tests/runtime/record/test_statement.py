@@ -49,14 +49,15 @@ def test_the_order_of_notes_does_not_matter() -> None:
 
 def test_any_change_is_refused() -> None:
     signed = Job().run().statement("a")
-    for change in (
+    changes: tuple[dict[str, Any], ...] = (
         {"ended": "failed"},
         {"attempts": 2},
         {"time": 2001.0},
         {"audit": None},
         {"sent": []},
         {"version": 1.0},
-    ):
+    )
+    for change in changes:
         with pytest.raises(BadSignature):
             read_statement({**signed, "statement": {**signed["statement"], **change}}, ROSTER["a"])
     with pytest.raises(BadSignature):

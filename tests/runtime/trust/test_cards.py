@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fate_llm.core.errors import BadSignature, ConfigurationError, FateError
+from fate_llm.pipelines.dialect import dump
 from fate_llm.runtime.federation import dump_model, load_federation, make_federation
+from fate_llm.runtime.trust import cards
 from fate_llm.runtime.trust.cards import card_of, fingerprint_of, parse_card, pin, same_fingerprint
 from tests.runtime.trust.conftest import IDENTITIES, roster
 
@@ -241,3 +243,12 @@ def test_a_roster_that_cannot_be_written_stays(path: Path, monkeypatch: pytest.M
     with pytest.raises(ConfigurationError, match="No space left"):
         pin(path, parse_card(text_of("bank-b")), me="bank-a")
     assert path.read_bytes() == before and [one.name for one in path.parent.iterdir()] == [path.name]
+
+
+def test_an_edit_that_would_say_something_else_is_not_kept(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines are put into a text that people wrote; what comes out is read again, and has to be what is meant."""
+    card = parse_card(text_of("bank-b"))
+    wrong = {"bank-b": roster().member("hub").model_dump(mode="json")}
+    monkeypatch.setattr(cards, "dump", lambda _: dump(wrong))
+    after = pin(path, card, me="bank-a")
+    assert load_federation(path) == after and after.member("bank-b") == roster().member("bank-b")
