@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import IO, Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from fate_llm.runtime.events import Event
@@ -65,7 +67,7 @@ class Progress:
     def say(self, text: str) -> None:
         """One line that stays."""
         if not self._quiet:
-            self._console.print(text, soft_wrap=True, markup=False)
+            self._console.print(_printable(text), soft_wrap=True, markup=False)
 
     def observe(self, event: Event) -> None:
         """Take one event of the job; called from any thread."""
@@ -83,13 +85,13 @@ class Progress:
         if event.task:
             row.task = event.task
         row.doing = _DOING.get(event.kind, row.doing)
-        if event.kind == "step":
+        if event.kind == "step" and _numbers(fields, "step", "steps"):
             row.step = f"{fields['step']}/{fields['steps']}"
-        if "round" in fields and "rounds" in fields:
+        if _numbers(fields, "round", "rounds"):
             row.round = f"{fields['round']}/{fields['rounds']}"
-        if fields.get("loss") is not None:
+        if _numbers(fields, "loss"):
             row.loss = _loss(fields["loss"])
-        if "sent_bytes" in fields:
+        if _numbers(fields, "sent_bytes"):
             row.sent = size_text(fields["sent_bytes"])
 
     def _table(self) -> Table:
@@ -98,7 +100,8 @@ class Progress:
             table.add_column(name)
         with self._lock:
             for party, row in self._rows.items():
-                table.add_row(party, row.task, row.doing, row.round, row.step, row.loss, row.sent)
+                cells = (party, row.task, row.doing, row.round, row.step, row.loss, row.sent)
+                table.add_row(*(escape(_printable(cell)) for cell in cells))
         return table
 
 
@@ -119,29 +122,47 @@ _URGENT = ("note", "party_failed", "refused", "ignored", "retry")
 _DETAILED = ("refused", "ignored", "retry", "data", "trainable", "scored", "task_started", "task_finished")
 
 
-def _loss(value: float | None) -> str:
-    """A loss for people; there is none where nothing was trained on."""
-    return "-" if value is None else f"{value:.3f}"
+def _printable(text: str) -> str:
+    """Text of another party cannot move the cursor, nor make lines of its own."""
+    return "".join(sign if sign.isprintable() else " " for sign in text)
+
+
+def _numbers(fields: Mapping[str, Any], *names: str) -> bool:
+    """Whether these fields are there and numbers: a party's policy may hide some, and a partner may say anything."""
+    return all(isinstance(fields.get(name), int | float) for name in names)
+
+
+def _loss(value: Any) -> str:
+    """A loss for people; there is none where nothing was trained on, or where it is not shown."""
+    return f"{value:.3f}" if isinstance(value, int | float) else "-"
 
 
 def _sentence(event: Event, sent: str) -> str | None:
     """One line for an event, or None for those that are not worth one. sent: what the party has sent so far."""
     fields: Any = event.fields
     who = f"{event.party:<12} {event.task:<10}"
-    at = f"round {fields.get('round')}/{fields.get('rounds')}"
+    at = f"round {fields.get('round', '-')}/{fields.get('rounds', '-')}"
     if event.kind == "round":
-        losses = f"local loss {_loss(fields['local_loss'])}, all parties' loss {_loss(fields['loss'])}"
-        return f"{who} {at}, {losses}, {fields['tokens']} tokens trained, {sent} sent so far"
+        losses = f"local loss {_loss(fields.get('local_loss'))}, all parties' loss {_loss(fields.get('loss'))}"
+        tokens = f", {fields['tokens']} tokens trained" if "tokens" in fields else ""
+        return f"{who} {at}, {losses}{tokens}, {sent} sent so far"
     if event.kind == "step":
-        return f"{who} {at} step {fields['step']}/{fields['steps']} loss {_loss(fields['loss'])}"
+        return f"{who} {at} step {fields.get('step', '-')}/{fields.get('steps', '-')} loss {_loss(fields.get('loss'))}"
     if event.kind == "round_closed":
-        missing = f", missing {', '.join(fields['missing'])}" if fields["missing"] else ""
-        return f"{who} {at} summed over {len(fields['contributors'])} parties{missing}"
+        return f"{who} {at} summed{_among(fields)}"
     if event.kind == "note":
-        return f"{who} {fields['text']}"
+        return f"{who} {fields.get('text', '')}"
     if event.kind == "party_failed":
-        return f"{who} failed [{fields['code']}]: {fields['message']}"
+        return f"{who} failed [{fields.get('code', '?')}]: {fields.get('message', '')}"
     if event.kind in _DETAILED:
         details = ", ".join(f"{key} {value}" for key, value in fields.items())
         return f"{who} {event.kind.replace('_', ' ')}: {details}"
     return None
+
+
+def _among(fields: Mapping[str, Any]) -> str:
+    contributors, missing = fields.get("contributors"), fields.get("missing")
+    count = f" over {len(contributors)} parties" if isinstance(contributors, list | tuple) else ""
+    return count + (
+        f", missing {', '.join(map(str, missing))}" if isinstance(missing, list | tuple) and missing else ""
+    )

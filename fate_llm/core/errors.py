@@ -26,6 +26,7 @@
     |   |-- BrokerRefused              the broker does not let us in, or not do what we need
     |   |-- ServiceLost                this party's own service cannot be reached
     |   `-- TransportClosed            the transport is no longer there
+    |-- StoreLost              (4)     a party's database, or the place of its artifacts, is not there or takes nothing
     |-- ProtectionError        (5)     an update cannot be protected as asked (not finite, overflow, plaintext needed)
     |-- JobCancelled           (130)   a person or a party stopped the job
     `-- InternalError          (70)    our own bug: an invariant does not hold
@@ -65,6 +66,7 @@ __all__ = [
     "QuorumLost",
     "RoundTimeout",
     "ServiceLost",
+    "StoreLost",
     "TransportClosed",
     "Unauthorised",
     "UnknownJob",
@@ -83,6 +85,8 @@ class FateError(Exception):
 
     code: ClassVar[str] = "error"
     exit_code: ClassVar[int] = 1
+    private: ClassVar[bool] = False
+    """The message may quote a party's data: others are told the code only."""
     default_hint: ClassVar[str] = "The message says what happened; the party's log in the job folder has the story."
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
@@ -93,6 +97,13 @@ class FateError(Exception):
     def as_dict(self) -> dict[str, str]:
         """What `--json` prints: {"code", "message", "hint"}."""
         return {"code": self.code, "message": self.message, "hint": self.hint}
+
+    def told_others(self) -> dict[str, str]:
+        """What other parties are told of it: as `as_dict`, but never a message that may quote data."""
+        if not self.private:
+            return self.as_dict()
+        message = "the message may quote data, and stays in that party's own log"
+        return {"code": self.code, "message": message, "hint": "That party sees the message in its log."}
 
 
 class ConfigurationError(FateError):
@@ -152,6 +163,7 @@ class DataError(ConfigurationError):
     """A data file or a record in it is wrong; the message names file, row and field."""
 
     code = "data_invalid"
+    private = True
     default_hint = "Mend the record, or name the right fields in the reader's `fields`."
 
 
@@ -303,6 +315,14 @@ class TransportClosed(FederationError):
     code = "transport_closed"
 
 
+class StoreLost(FateError):
+    """The party's database cannot be used now: the server is away, the disk is full, another program holds it."""
+
+    code = "store_lost"
+    exit_code = 4
+    default_hint = "Nothing was stored. Look at the database and its disk; the service goes on when it is back."
+
+
 class ProtectionError(FateError):
     """An update cannot be protected or summed as asked; nothing has left the party."""
 
@@ -324,6 +344,7 @@ class InternalError(FateError):
 
     code = "internal"
     exit_code = 70
+    private = True  # it holds what a library said, of whatever it was given
     default_hint = "This is a bug in fate_llm: please report it with the job's folder."
 
 

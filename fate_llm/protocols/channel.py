@@ -236,7 +236,8 @@ class JobChannel:
 
     def announce_failure(self, error: FateError, *, task: str) -> None:
         """Tell everyone that this party ended with `error`; who waits for it wakes up."""
-        fields = {"code": error.code, "message": error.message, "task": task}
+        told = error.told_others()
+        fields = {"code": told["code"], "message": told["message"], "task": task}
         self._tell_all(_CANCELLED if isinstance(error, JobCancelled) else _FAILED, fields)
 
     def announce_done(self) -> None:

@@ -111,7 +111,7 @@ class SealingKey:
             raise BadSeal(f"{len(sealed)} bytes are no sealed box: {OVERHEAD} to {OVERHEAD + LARGEST_CONTENT}")
         try:
             return _SUITE.decrypt(sealed, self._key, info=_DOMAIN + label)
-        except (InvalidTag, ValueError):
+        except (InvalidTag, ValueError):  # ValueError: should the library ever say more of a bad point
             raise BadSeal(
                 f"a sealed box of {len(sealed)} bytes does not open: it was changed, or made for another key or use"
             ) from None

@@ -64,7 +64,13 @@ ONLY_IN = {
 }
 NEVER = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "jsonpickle"}
 IMPURE = {"time", "random", "secrets", "threading", "datetime", "asyncio", "socket", "os", "uuid"}
-PURE = ("protocols/rounds/machine.py", "protocols/sums/")
+PURE = (
+    "protocols/rounds/machine.py",
+    "protocols/sums/",
+    "runtime/service/lead.py",
+    "runtime/service/part.py",
+    "runtime/service/slots.py",
+)
 
 
 def modules() -> list[Path]:

@@ -221,8 +221,9 @@ def reachable(url: str) -> bool:
 def test_a_development_broker_runs_until_it_is_interrupted_and_leaves_nothing() -> None:
     with dev_broker() as process:
         assert process.stdout is not None
-        lines = [process.stdout.readline().strip() for _ in range(3)]
+        lines = [process.stdout.readline().strip() for _ in range(4)]
         url = lines[-1]
+        assert "rabbitmqctl" in shlex.split(lines[2].partition("--ctl`: ")[2])[0]
         assert url.startswith("amqp://") and url.endswith("/%2F?plaintext=loopback") and "127.0.0.1" in url
         assert f"--broker {shlex.quote(url)}" in lines[1]
         assert reachable(url)
@@ -245,6 +246,7 @@ def test_with_a_folder_its_data_and_password_stay() -> None:
                 found = json.loads(text)
                 urls.append(found["url"].partition("@")[0])
                 assert found["folder"] == str(home / "mine") and reachable(found["url"])
+                assert f"HOME={found['folder']}" in shlex.split(found["ctl"])
                 connection = pika.BlockingConnection(pika.URLParameters(found["url"].partition("?")[0]))
                 connection.channel().queue_declare("kept", durable=True, passive=attempt == 1)
                 connection.close()

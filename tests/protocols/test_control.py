@@ -243,6 +243,12 @@ def test_bodies_and_frames_have_a_largest_size(monkeypatch: pytest.MonkeyPatch) 
     assert opened(packed(bytes(1000))).body == bytes(1000)
     with pytest.raises(FederationError, match="a word of 1001 bytes to bob; at most 1000"):
         packed(bytes(1001))
+    for content in (
+        b"\0" + struct.pack(">I", 1001) + bytes(1001),
+        b"\1" + struct.pack(">I", 1001) + frame_of(bytes(1001)),
+    ):
+        with pytest.raises(BadEnvelope, match="with 1001 bytes; forms are 0 and 1, at most 1000"):
+            opened(sealed_by_hand(content))
     frame = packed(b"123456")
     monkeypatch.setattr(control, "LARGEST_FRAME", len(frame) - 1)
     with pytest.raises(FederationError, match=f"{len(frame)} bytes packed"):

@@ -278,9 +278,11 @@ def dev_broker(folder: Path | None, port: int | None, as_json: bool) -> None:
         with development_broker(folder, port=port) as (node, url):
             following = f"fate_llm submit pipelines/quickstart.yaml --broker '{url}'"
             if as_json:
-                print_json({"url": url, "folder": str(node.folder), "pid": node.pid, "next": following})
+                facts = {"url": url, "folder": str(node.folder), "pid": node.pid, "next": following}
+                print_json({**facts, "ctl": node.ctl_line()})
             else:
                 click.echo(f"ready; Ctrl-C stops it. In another terminal: {following}")
+                click.echo(f"for `fate_llm federation grant --apply --ctl`: {shlex.quote(node.ctl_line())}")
                 click.echo(url)
             node.wait()
             lost = BrokerLost(f"the broker ended by itself\n{node.log_tail(12)}", hint="Its last words are above.")

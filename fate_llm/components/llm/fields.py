@@ -9,6 +9,7 @@ Rules:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -24,6 +25,7 @@ from .sources import RowFault, kind_of
 
 __all__ = ["Columns", "FieldNames", "Mapper", "find_columns"]
 
+_NAME_LIKE = re.compile(r"[^\W\d][\w.\-]{0,39}(?: [\w.\-]{1,20})?")  # one word or two; records have more
 _USER = ("instruction", "prompt", "question")
 _ASSISTANT = ("output", "response", "answer")
 _PAIRS = (
@@ -128,7 +130,8 @@ def find_columns(names: FieldNames, found: Sequence[str], *, file: str, answers_
         names = names.model_copy(update={"output": names.assistant or "answer", "response": None, "answer": None})
     for given in (names.user, names.assistant, names.messages, names.text):
         if given is not None and given not in found:
-            raise DataError(f"{file}: no field is called {given!r}", hint=nearest(given, found))
+            names = [name for name in found if _NAME_LIKE.fullmatch(name)]
+            raise DataError(f"{file}: no field is called {given!r}", hint=nearest(given, names))
     named = tuple(name for name in (names.input, names.category, names.key) if name is not None)
     rest: dict[str, Any] = {"category": names.category or "category", "key": names.key, "named": named}
     if names.messages or names.text:
@@ -155,8 +158,15 @@ def _fitting(names: FieldNames, found: Sequence[str]) -> list[dict[str, str]]:
     return pairs + messages + ([{"text": "text"}] if "text" in found else [])
 
 
+def _shown(found: Sequence[str]) -> str:
+    """Names of fields for people. What looks like a record (a file without a header) is counted, not shown."""
+    names = sorted(name for name in found if _NAME_LIKE.fullmatch(name))
+    others = len(found) - len(names)
+    return ", ".join([*names[:20], *([f"{others} that do not look like names"] if others else [])]) or "none"
+
+
 def _not_one(styles: list[dict[str, str]], found: Sequence[str], file: str) -> DataError:
-    fields = ", ".join(sorted(found)) or "none"
+    fields = _shown(found)
     if not styles:
         what = f"{file}: no question and answer, messages or text among the fields {fields}"
     else:

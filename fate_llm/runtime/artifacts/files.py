@@ -18,9 +18,7 @@ import fsspec  # type: ignore[import-untyped]
 from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 
-from fate_llm.core.errors import ConfigurationError, MissingExtra
-
-from ..store.engine import StoreLost
+from fate_llm.core.errors import ConfigurationError, MissingExtra, StoreLost
 
 __all__ = ["BLOCK", "Files", "blocks_of"]
 

@@ -68,7 +68,8 @@ class Desk:
             case = self._case(row.job)
             if case is None:
                 self._hall.say(f"job {row.job} cannot be taken up: its part is not in the database")
-        for case in tuple(self._cases.values()):
+        holding = (PartState.RUNNING, PartState.RESERVED)  # these have their room before anybody asks for some
+        for case in sorted(self._cases.values(), key=lambda case: case.part.state not in holding):
             self._taking.handle(case, part.Restarted(self._hall.now()))
             if case.lead is not None:
                 self._leading.handle(case, lead.Restarted(self._hall.now()))

@@ -64,15 +64,17 @@ class Leading:
         actions = case.lead.handle(event)
         if isinstance(event, lead.Tick) and not actions:
             return
-        self.store(case)
+        self.store(case, done=False)
         if case.lead.state is not before:
             self._hall.say(f"{case.job}: {before} -> {case.lead.state}")
             self._hall.news.tell()
         for action in actions:
             self._do(case, action)
+        if case.lead.final and any(isinstance(action, lead.Ended) for action in actions):
+            self.store(case)
 
-    def store(self, case: Case) -> None:
-        """Write the machine to the database."""
+    def store(self, case: Case, *, done: bool = True) -> None:
+        """Write the machine to the database. done: what it asked for has been done, so that an end is one."""
         machine, specification, now = case.lead, case.signed.specification, self._hall.now()
         assert machine is not None
         trouble = machine.trouble
@@ -88,7 +90,7 @@ class Leading:
                 specification.priority,
                 case.created,
                 now,
-                now if machine.final else None,
+                now if machine.final and done else None,
                 case.signed.to_data(),
                 machine.to_data(),
                 None if trouble is None else trouble.model_dump(mode="json"),
@@ -114,7 +116,7 @@ class Leading:
         elif isinstance(action, lead.MakeDossier):
             ending = Ending(state=action.state, trouble=action.trouble)
             dossier = compose(case.signed.to_data(), action.statements, ending, action.attempt)
-            self._later(partial(self.handle, case, lead.Dossier(dossier, self._hall.now())))
+            self._later(partial(self.handle, case, lead.Dossier(dossier, self._hall.now(), attempt=action.attempt)))
         elif isinstance(action, lead.Ended):
             if action.ending.dossier is not None:
                 write_json(case.dossier_file, action.ending.dossier)

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from fate_llm.core.errors import ConfigurationError
+from fate_llm.core.errors import ConfigurationError, error_from
 
 from ..trust.policy_schema import Show
 from .cases import Case
@@ -40,8 +40,16 @@ class Logbook:
         self._show(case, line)
 
     def _show(self, case: Case, line: Line) -> None:
-        if case.initiator != self._hall.me and (visible := self._rules().visible(line)) is not None:
+        if case.initiator != self._hall.me and (visible := self._visible(line)) is not None:
             case.shown.append(visible)
+
+    def _visible(self, line: Line) -> Line | None:
+        """What the lead may see of a line: never a message that may quote data."""
+        code = line.fields.get("code")
+        if isinstance(code, str) and "message" in line.fields:
+            told = error_from(code, str(line.fields["message"]), "").told_others()
+            line = line.model_copy(update={"fields": {**line.fields, "message": told["message"]}})
+        return self._rules().visible(line)
 
     def _rules(self) -> Show:
         try:
@@ -75,7 +83,7 @@ class Logbook:
             return
         if case.reported is None and not case.shown:  # the service was started again: what was not reported, anew
             found = self._hall.store.lines(case.job, party=self._hall.me, limit=5000)
-            visible = [self._rules().visible(line) for _, _, line in found if line.number > number]
+            visible = [self._visible(line) for _, _, line in found if line.number > number]
             case.shown = deque((line for line in visible if line is not None), maxlen=case.shown.maxlen)
         case.reported = max(case.reported or 0, number)
         while case.shown and case.shown[0].number <= case.reported:

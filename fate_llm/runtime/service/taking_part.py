@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import quote
 
-from fate_llm.core.errors import ConfigurationError, FateError
+from fate_llm.core.errors import ConfigurationError, FateError, error_from
 from fate_llm.core.values import ArtifactKind
 from fate_llm.protocols.transports.rabbitmq import BrokerAddress
 
@@ -71,12 +71,14 @@ class TakingPart:
         if isinstance(event, part.Tick) and not actions:
             return
         if any(not isinstance(action, part.Ignored) for action in actions) or not actions:
-            self.store(case)
+            self.store(case, done=False)
         if case.part.state is not before:
             self._hall.say(f"{case.job}: our part {before} -> {case.part.state}")
             self._hall.news.tell()
         for action in actions:
             self._do[type(action)](case, action)
+        if case.part.over and any(isinstance(action, part.Close) for action in actions):
+            self.store(case)
 
     def tick(self, case: Case, now: float) -> None:
         """Time has passed: who waited for its hour gets room, who had too many hours is stopped."""
@@ -114,11 +116,12 @@ class TakingPart:
         error = news.end.get("error")
         if error is not None:
             case.track.end("cancelled" if error.get("code") == "cancelled" else "failed")
+            error = error_from(error["code"], error["message"], error.get("hint", "")).told_others()
         views = {task: view.model_dump(mode="json") for task, view in case.track.views.items()}
         self.handle(case, part.WorkerEnded(news.attempt, {"error": error, "tasks": views}, now))
 
-    def store(self, case: Case) -> None:
-        """Write the machine to the database."""
+    def store(self, case: Case, *, done: bool = True) -> None:
+        """Write the machine to the database. done: what it asked for has been done, so that an end is one."""
         machine, now = case.part, self._hall.now()
         trouble = machine.trouble
         self._hall.store.save_job(
@@ -133,7 +136,7 @@ class TakingPart:
                 case.signed.specification.priority,
                 case.created,
                 now,
-                now if machine.over else None,
+                now if machine.over and done else None,
                 case.signed.to_data(),
                 machine.to_data(),
                 None if trouble is None else trouble.model_dump(mode="json"),

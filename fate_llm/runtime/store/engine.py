@@ -28,21 +28,13 @@ from sqlalchemy.exc import (
 )
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from fate_llm.core.errors import ConfigurationError, FateError, InternalError, MissingExtra
+from fate_llm.core.errors import ConfigurationError, FateError, InternalError, MissingExtra, StoreLost
 
-__all__ = ["Database", "StoreLost", "sqlite_url"]
+__all__ = ["Database", "sqlite_url"]
 
 _BUSY = 30.0  # seconds that a writer waits for its turn
 _CONNECT = 10  # seconds for a server to answer
 _VALID = "valid: sqlite:////var/lib/fate_llm/state/fate.db, postgresql+psycopg://USER@HOST:PORT/DATABASE"
-
-
-class StoreLost(FateError):
-    """The party's database cannot be used now: the server is away, the disk is full, another program holds it."""
-
-    code = "store_lost"
-    exit_code = 4
-    default_hint = "Nothing was stored. Look at the database and its disk; the service goes on when it is back."
 
 
 class Database:

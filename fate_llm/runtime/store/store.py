@@ -22,7 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from fate_llm.core.errors import InternalError
 
 from .approvals import Approvals
-from .engine import Database, StoreLost
+from .engine import Database
 from .jobs import Jobs
 from .leases import Leases
 from .lines import Lines
@@ -30,7 +30,7 @@ from .models import Models
 from .rows import ApprovalRow, JobRow, ModelRow, TaskRow
 from .upgrade import upgrade
 
-__all__ = ["ApprovalRow", "JobRow", "ModelRow", "Store", "StoreLost", "TaskRow", "Transaction"]
+__all__ = ["ApprovalRow", "JobRow", "ModelRow", "Store", "TaskRow", "Transaction"]
 
 
 class _Everything(Jobs, Approvals, Lines, Leases, Models):

@@ -33,6 +33,7 @@ from fate_llm.security.identity import Identity
 from fate_llm.security.randomness import random_id
 from fate_llm.security.sealed_box import SealingKey
 
+from ..store.engine import sqlite_url
 from .catalog import EMPTY_CATALOG, Catalog, load_catalog
 from .policy_schema import Policy, load_policy, make_policy
 from .templates import CATALOG_TEMPLATE, POLICY_TEMPLATE, party_yaml
@@ -62,12 +63,15 @@ class Home:
     @property
     def store_url(self) -> str:
         """Where the database is; a file of `state` unless party.yaml says otherwise."""
-        return self.settings.store or f"sqlite:///{self.state / 'fate.db'}"
+        return self.settings.store or sqlite_url(self.state / "fate.db")
 
     @property
     def artifacts_url(self) -> str:
         """Where artifacts are; a folder of `state` unless party.yaml says otherwise."""
-        return self.settings.artifacts or str(self.state / "artifacts")
+        place = self.settings.artifacts
+        if place is None:
+            return str(self.state / "artifacts")
+        return place if "://" in place else str(self.folder / Path(place).expanduser())
 
     def make_state(self) -> Path:
         """The folder `state`, made when it is not there, for its owner only (0700).

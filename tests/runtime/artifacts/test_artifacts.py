@@ -16,11 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fate_llm.core.canonical import canonical_json, digest, digest_file, digest_folder
-from fate_llm.core.errors import ConfigurationError, DataError, MissingExtra
+from fate_llm.core.errors import ConfigurationError, DataError, MissingExtra, StoreLost
 from fate_llm.core.values import ArtifactKind
 from fate_llm.runtime.artifacts import files, store
 from fate_llm.runtime.artifacts.store import ArtifactRef, ArtifactStore, Freed, StoredFile
-from fate_llm.runtime.store.engine import StoreLost
 from tests.runtime.artifacts.conftest import MakeFolder, everything_in
 
 FILES = {"a.txt": "same", "b/c.txt": "same", "b/d e.bin": "other", "é.json": "", "b/.hidden": "x"}

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from fate_llm.core.errors import ConfigurationError, MissingExtra
+from fate_llm.core.errors import ConfigurationError, MissingExtra, StoreLost
 from fate_llm.runtime.artifacts import files
 from fate_llm.runtime.artifacts.home import PartyStores, open_stores
-from fate_llm.runtime.store.engine import StoreLost
 from tests.runtime.artifacts.conftest import MakeFolder
 from tests.runtime.artifacts.homes import make_home
 

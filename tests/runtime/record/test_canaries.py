@@ -199,7 +199,6 @@ def test_what_a_reader_says_of_bad_records_holds_nothing_of_them(tmp_path: Path)
         assert find_canaries(folder, {"prompt": PROMPT.encode()}) == [], line
 
 
-@pytest.mark.xfail(reason="the reader's errors list the names of fields, and a CSV without a header has records there")
 def test_what_a_reader_says_of_a_file_without_a_header_holds_nothing_of_it(tmp_path: Path) -> None:
     (tmp_path / "data.csv").write_text(f"{'x' * 8},Patient Grünwald-7731 takes warfarin\n" * 3)
     data = toys.toy_pipeline(read={"component": "reader", "params": {"path": "data.csv"}})

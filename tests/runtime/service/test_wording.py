@@ -147,7 +147,7 @@ def test_a_backslash_is_no_nul() -> None:
 
 
 def test_a_word_has_so_many_values_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would take much memory and time, and is refused before it is read: brackets are counted, also where no JSON is."""
+    """It would take much memory and time, and is refused before it is read: brackets count, also where no JSON is."""
     monkeypatch.setattr(wording, "MOST_VALUES", 20)
     good, much = (Question(question="q", specification={"x": [1] * count}) for count in (10, 30))
     assert read_word(write_word(good)) == good

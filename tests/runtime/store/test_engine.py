@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from fate_llm.core.errors import ConfigurationError, FateError, InternalError, MissingExtra
+from fate_llm.core.errors import ConfigurationError, FateError, InternalError, MissingExtra, StoreLost
 from fate_llm.runtime.store import engine
-from fate_llm.runtime.store.engine import Database, StoreLost, sqlite_url
+from fate_llm.runtime.store.engine import Database, sqlite_url
 from fate_llm.runtime.store.store import Store
 from tests.cli.conftest import environment
 from tests.databases import PostgresServer

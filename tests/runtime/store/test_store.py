@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from fate_llm.core.errors import ConfigurationError, InternalError, UnknownJob, WrongState
-from fate_llm.runtime.store.store import ApprovalRow, JobRow, Store, StoreLost, TaskRow
+from fate_llm.core.errors import ConfigurationError, InternalError, StoreLost, UnknownJob, WrongState
+from fate_llm.runtime.store.store import ApprovalRow, JobRow, Store, TaskRow
 from tests.runtime.store.conftest import Clock, OpenStore, job_row, line
 
 DIGEST = "a" * 64
