@@ -58,6 +58,7 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	@echo "== mypy --strict"
 	@$(BIN)/mypy --strict -p fate_llm.core -p fate_llm.security -p fate_llm.protocols -p fate_llm.pipelines -p fate_llm.runtime -p fate_llm.cli -p fate_llm.components
+	@MYPYPATH=. $(BIN)/mypy --strict deploy/demo/prepare.py deploy/demo/processes.py
 
 unit: $(VENV)/.dev
 	@echo "== tests without a real model"

@@ -30,7 +30,7 @@ PATIENCE = 120.0  # seconds until a test that waits is called hanging; nothing w
 OPEN_POLICY = """
 version: 1
 initiators: [%(members)s]
-components: {stepper: {}, words: {}, adder: {}, teller: {}, waiter: {}, meeting: {}, breaker: {}, recorder: {}}
+components: {stepper: {}, words: {}, adder: {}, teller: {}, waiter: {}, meeting: {}, breaker: {}}
 data: {"*": {}}
 protection: {least: plain, contributors: 2}
 privacy: {require: none}
@@ -83,12 +83,18 @@ class LiveParty:
                 start_new_session=True,
             )
         self.starts += 1
-        self._client = None
+        self.hang_up()
         return self
 
     def ready(self) -> LiveParty:
         """Wait until it listens and has its broker."""
-        self.until(lambda: self.client.health()["status"] == "ok")
+
+        def well() -> bool:
+            assert self.process is not None
+            assert self.process.poll() is None, f"{self.name} has ended; its log ends:\n{self.log.read_text()[-3000:]}"
+            return bool(self.client.health()["status"] == "ok")
+
+        self.until(well, what="to be well")
         return self
 
     @property
@@ -96,6 +102,12 @@ class LiveParty:
         if self._client is None:
             self._client = ServiceClient.of_home(self.home)
         return self._client
+
+    def hang_up(self) -> None:
+        """Close this process's connections to it; the next call makes new ones."""
+        if self._client is not None:
+            self._client.close()
+        self._client = None
 
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
@@ -216,6 +228,7 @@ def live_services(
         yield services
     finally:
         for party in services.parties.values():
+            party.hang_up()
             with contextlib.suppress(FateError):
                 party.kill()
         for party in services.parties.values():

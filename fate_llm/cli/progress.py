@@ -37,7 +37,7 @@ class _Row:
     round: str = "-"
     step: str = "-"
     loss: str = "-"
-    sent: str = "0 B"
+    sent: str = "-"
 
 
 class Progress:
@@ -73,7 +73,7 @@ class Progress:
         """Take one event of the job; called from any thread."""
         with self._lock:
             self._note(event)
-            sent = self._rows[event.party].sent if event.party in self._rows else ""
+            sent = self._rows[event.party].sent if event.party in self._rows else "-"
         text = None if self._quiet else _sentence(event, sent)
         if text is not None and (self._live is None or event.kind in _URGENT):
             self.say(f"{time.monotonic() - self._started:7.1f} s  {text}")
@@ -137,17 +137,26 @@ def _loss(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, int | float) else "-"
 
 
+def _count(fields: Mapping[str, Any], name: str, whole: str) -> str:
+    """`round 3/4`; `round 3` where the whole is not shown to us; nothing where nothing is."""
+    if name not in fields:
+        return ""
+    return f"{name} {fields[name]}" + (f"/{fields[whole]}" if whole in fields else "")
+
+
 def _sentence(event: Event, sent: str) -> str | None:
     """One line for an event, or None for those that are not worth one. sent: what the party has sent so far."""
     fields: Any = event.fields
     who = f"{event.party:<12} {event.task:<10}"
-    at = f"round {fields.get('round', '-')}/{fields.get('rounds', '-')}"
+    at = _count(fields, "round", "rounds")
     if event.kind == "round":
         losses = f"local loss {_loss(fields.get('local_loss'))}, all parties' loss {_loss(fields.get('loss'))}"
         tokens = f", {fields['tokens']} tokens trained" if "tokens" in fields else ""
-        return f"{who} {at}, {losses}{tokens}, {sent} sent so far"
+        total = "" if sent == "-" else f", {sent} sent so far"
+        return f"{who} {at}, {losses}{tokens}{total}"
     if event.kind == "step":
-        return f"{who} {at} step {fields.get('step', '-')}/{fields.get('steps', '-')} loss {_loss(fields.get('loss'))}"
+        step = _count(fields, "step", "steps")
+        return f"{who} {at}{' ' if step else ''}{step} loss {_loss(fields.get('loss'))}"
     if event.kind == "round_closed":
         return f"{who} {at} summed{_among(fields)}"
     if event.kind == "note":
@@ -156,7 +165,7 @@ def _sentence(event: Event, sent: str) -> str | None:
         return f"{who} failed [{fields.get('code', '?')}]: {fields.get('message', '')}"
     if event.kind in _DETAILED:
         details = ", ".join(f"{key} {value}" for key, value in fields.items())
-        return f"{who} {event.kind.replace('_', ' ')}: {details}"
+        return f"{who} {event.kind.replace('_', ' ')}{': ' if details else ''}{details}"
     return None
 
 

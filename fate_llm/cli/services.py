@@ -17,7 +17,17 @@ from fate_llm.runtime.events import Event
 if TYPE_CHECKING:
     from fate_llm.runtime.service.client import ServiceClient
 
-__all__ = ["client_of", "follow_job", "moment", "print_line", "show_findings", "show_job", "show_plan", "trouble_of"]
+__all__ = [
+    "client_of",
+    "follow_job",
+    "moment",
+    "plain",
+    "print_line",
+    "show_findings",
+    "show_job",
+    "show_plan",
+    "trouble_of",
+]
 
 _STATES = {"success": "green", "failed": "red", "refused": "red", "lost": "red", "cancelled": "yellow"}
 _OUTCOMES = {"pass": "green", "manual": "yellow", "refuse": "red"}
@@ -37,6 +47,11 @@ def client_of(home: Path) -> ServiceClient:
 def moment(seconds: float | None) -> str:
     """A time for people, in UTC."""
     return "-" if seconds is None else datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def plain(text: Any) -> str:
+    """Text of a partner on one line: it cannot move the cursor, change a color, nor make lines of its own."""
+    return "".join(sign if sign.isprintable() else " " for sign in str(text))
 
 
 def trouble_of(found: Mapping[str, Any]) -> FateError | None:
@@ -62,10 +77,8 @@ def print_line(line: Mapping[str, Any], *, as_json: bool) -> None:
         click.echo(json.dumps(line, ensure_ascii=False))
         return
     details = " ".join(f"{key}={value}" for key, value in line["fields"].items())
-    details = "".join(sign if sign.isprintable() else " " for sign in details)
-    click.echo(
-        f"{moment(line['seconds'])} {line['party']:<12} {line['task'] or '-':<10} {line['event']} {details}".rstrip()
-    )
+    text = f"{line['party']:<12} {line['task'] or '-':<10} {line['event']} {details}"
+    click.echo(f"{moment(line['seconds'])} {plain(text)}".rstrip())
 
 
 def show_job(found: Mapping[str, Any]) -> None:
@@ -76,12 +89,12 @@ def show_job(found: Mapping[str, Any]) -> None:
     click.echo(f"  submitted {moment(found['created'])}{ended}")
     if found.get("trouble"):
         trouble = found["trouble"]
-        click.secho(f"  [{trouble['code']}] {trouble['message']}", fg="red")
+        click.secho(plain(f"  [{trouble['code']}] {trouble['message']}"), fg="red")
         if trouble.get("hint"):
-            click.echo(f"  hint: {trouble['hint']}")
+            click.echo(plain(f"  hint: {trouble['hint']}"))
     for party, part in found["parts"].items():
         state = click.style(f"{part['state']:<10}", fg=_STATES.get(part["state"]))
-        click.echo(f"  {party:<14} {state} {_tasks(part['tasks'])} {part.get('reason') or ''}".rstrip())
+        click.echo(f"  {party:<14} {state} {_tasks(part['tasks'])} {plain(part.get('reason') or '')}".rstrip())
     show_findings(found.get("findings", []))
 
 
@@ -89,7 +102,7 @@ def _tasks(tasks: Mapping[str, Any]) -> str:
     shown = []
     for name, task in tasks.items():
         rounds = f" {task['round']}/{task['rounds']}" if task.get("rounds") and task["state"] == "running" else ""
-        shown.append(f"{name}: {task['state']}{rounds}")
+        shown.append(f"{plain(name)}: {task['state']}{rounds}")
     return ", ".join(shown)
 
 
@@ -98,7 +111,7 @@ def show_findings(findings: Sequence[Mapping[str, Any]]) -> None:
     for finding in findings:
         outcome = click.style(f"{finding['outcome']:<7}", fg=_OUTCOMES.get(finding["outcome"]))
         allowed = f"; allowed: {finding['allowed']}" if finding.get("allowed") else ""
-        click.echo(f"    {outcome} {finding['rule']}: {finding['found']}{allowed}")
+        click.echo(f"    {outcome} {plain(finding['rule'] + ': ' + finding['found'] + allowed)}")
 
 
 def show_plan(found: Mapping[str, Any]) -> None:
@@ -114,9 +127,9 @@ def show_plan(found: Mapping[str, Any]) -> None:
             sent, received, memory = ("unknown" if size is None else size_text(size) for size in sizes)
             minutes = "not measured here yet" if costs.get("minutes") is None else f"{costs['minutes']:.1f} min"
             click.echo(f"  sends {sent}, receives {received}, peak memory {memory}, time {minutes}")
-            click.echo(f"  privacy spent: {costs['privacy']}")
+            click.echo(plain(f"  privacy spent: {costs['privacy']}"))
         if answer.get("trouble"):
-            click.secho(f"  [{answer['trouble']['code']}] {answer['trouble']['message']}", fg="red")
+            click.secho(plain(f"  [{answer['trouble']['code']}] {answer['trouble']['message']}"), fg="red")
         show_findings([finding for finding in answer["findings"] if finding["outcome"] != "pass"])
         passed = sum(finding["outcome"] == "pass" for finding in answer["findings"])
         if passed:

@@ -28,6 +28,7 @@ def serve(home: Path) -> None:
     from fate_llm.runtime.service.serve import serve as run
 
     def say(text: str) -> None:
+        text = "\n  ".join("".join(s if s.isprintable() else " " for s in line) for line in text.splitlines())
         click.echo(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {text}", err=True)
 
     sys.exit(run(home, say=say))
@@ -54,12 +55,19 @@ def health(home: Path, as_json: bool) -> None:
     sys.exit(0 if found["status"] == "ok" else 1)
 
 
-@click.group("approvals", invoke_without_command=True)
-@click.pass_context
-def approvals(ctx: click.Context) -> None:
-    """Jobs of partners that wait for a person of this party: list, show, approve, refuse."""
-    if ctx.invoked_subcommand is None:
-        ctx.invoke(list_approvals)
+class _ListFirst(click.Group):
+    """Without a subcommand it is `list`, with the options that stand there."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        asks_help = bool(args) and args[0] in self.get_help_option_names(ctx)
+        if not asks_help and (not args or args[0].startswith("-")):
+            args = ["list", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group("approvals", cls=_ListFirst)
+def approvals() -> None:
+    """Jobs of partners that wait for a person of this party: list (without a subcommand, too), show, approve, refuse."""
 
 
 @approvals.command("list")
@@ -104,12 +112,13 @@ def show(job: str, home: Path, as_json: bool) -> None:
 @approvals.command("approve")
 @click.argument("job")
 @click.option("--reason", default="", metavar="TEXT", help="Goes into the audit log.")
+@click.option("--digest", default="", metavar="HEX", help="Only if its digest begins like this: what `show` printed.")
 @home_option
 @json_option
 @reports_errors
-def approve(job: str, reason: str, home: Path, as_json: bool) -> None:
+def approve(job: str, reason: str, digest: str, home: Path, as_json: bool) -> None:
     """Let the job run here, exactly as it was signed."""
-    _decide(home, job, "approve", reason, as_json)
+    _decide(home, job, "approve", reason, as_json, digest)
 
 
 @approvals.command("refuse")
@@ -123,11 +132,17 @@ def refuse(job: str, reason: str, home: Path, as_json: bool) -> None:
     _decide(home, job, "refuse", reason, as_json)
 
 
-def _decide(home: Path, job: str, decision: str, reason: str, as_json: bool) -> None:
+def _decide(home: Path, job: str, decision: str, reason: str, as_json: bool, digest: str = "") -> None:
+    from fate_llm.core.errors import WrongState
+
     from .services import client_of
 
     client = client_of(home)
     row = _waiting(client.approvals(), job)
+    if not row["digest"].startswith(digest.lower()):
+        raise WrongState(
+            f"what waits is {row['digest']}, not {digest}", hint=f"fate_llm party approvals show {job}: read it again."
+        )
     found = client.decide(job, decision=decision, digest=row["digest"], by=getpass.getuser(), reason=reason)
     if as_json:
         print_json(found)

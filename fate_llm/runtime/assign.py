@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from fate_llm.core.values import Role
 from fate_llm.pipelines.graph import order
 from fate_llm.pipelines.schema import InputValue, PipelineSpec, Reference, sources_of
@@ -15,16 +13,16 @@ __all__ = ["assignments"]
 _DATA_ROLES = frozenset({Role.GUEST, Role.HOST})
 
 
-def assignments(spec: PipelineSpec, base: Path) -> dict[str, list[Assignment]]:
-    """Every party's tasks in the order they run. base: folder that relative paths start from."""
+def assignments(spec: PipelineSpec) -> dict[str, list[Assignment]]:
+    """Every party's tasks in the order they run."""
     found: dict[str, list[Assignment]] = {party: [] for party in spec.members}
     for task in order(spec):
         for party in spec.parties_of(task):
-            found[party].append(_assignment(spec, party, task, base))
+            found[party].append(_assignment(spec, party, task))
     return found
 
 
-def _assignment(spec: PipelineSpec, party: str, task: str, base: Path) -> Assignment:
+def _assignment(spec: PipelineSpec, party: str, task: str) -> Assignment:
     component = spec.component(task)
     roles = spec.roles_at(party, task)
     inputs: dict[str, InputRef | tuple[InputRef, ...]] = {}
@@ -32,7 +30,7 @@ def _assignment(spec: PipelineSpec, party: str, task: str, base: Path) -> Assign
         declared = component.inputs[port]
         if not declared.roles & set(roles):
             continue  # an arbiter without data has no inputs
-        refs = _refs(value, base)
+        refs = _refs(value)
         if declared.many:
             inputs[port] = refs
         elif refs and (declared.required or _made_here(spec, party, value)):
@@ -41,11 +39,11 @@ def _assignment(spec: PipelineSpec, party: str, task: str, base: Path) -> Assign
     return Assignment(task, spec.tasks[task].component, roles, spec.cohort(task), params, inputs)
 
 
-def _refs(value: InputValue, base: Path) -> tuple[InputRef, ...]:
+def _refs(value: InputValue) -> tuple[InputRef, ...]:
     return tuple(
         InputRef(task=source.task, output=source.output)
         if isinstance(source, Reference)
-        else InputRef(path=(base / Path(source.path).expanduser()).absolute())
+        else InputRef(path=source.path)
         for source in sources_of(value)
     )
 

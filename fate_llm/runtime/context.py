@@ -61,6 +61,20 @@ class JobSetting:
     durable: bool = False
     catalog: Mapping[str, str] = field(default_factory=dict)
 
+    def resolve(self, path: str) -> Path:
+        """See `core.interfaces.Context.resolve`; `catalog:NAME` is the data set of that name in this party's catalog.
+
+        Raises:
+            DataError: nothing of that name.
+        """
+        if not path.startswith(_CATALOG):
+            return (self.base / Path(path).expanduser()).absolute()
+        name = path.removeprefix(_CATALOG)
+        if name not in self.catalog:
+            hint = nearest(name, self.catalog) or "Its catalog is empty: add the data set there."
+            raise DataError(f"the catalog of {self.party} has no data set {name!r}", hint=hint)
+        return Path(self.catalog[name])
+
     def journal(self, side: str, conversation: str) -> RoundFolder | None:
         """Where one side of a conversation writes down its rounds; None where nothing survives the process."""
         if not self.durable:
@@ -113,21 +127,7 @@ class TaskContext:
         return self._setting.folder.scratch(self.task)
 
     def resolve(self, path: str) -> Path:
-        """See `core.interfaces.Context.resolve`; `catalog:NAME` is the data set of that name in this party's catalog.
-
-        Raises:
-            DataError: nothing of that name.
-        """
-        if path.startswith(_CATALOG):
-            return self._catalogued(path.removeprefix(_CATALOG))
-        return (self._setting.base / Path(path).expanduser()).absolute()
-
-    def _catalogued(self, name: str) -> Path:
-        catalog = self._setting.catalog
-        if name not in catalog:
-            hint = nearest(name, catalog) or "Its catalog is empty: add the data set there."
-            raise DataError(f"the catalog of {self.party} has no data set {name!r}", hint=hint)
-        return Path(catalog[name])
+        return self._setting.resolve(path)
 
     def seed(self, *labels: str) -> int:
         return derive_seed(self._setting.seed, *labels)

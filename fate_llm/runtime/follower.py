@@ -49,7 +49,7 @@ class Follower:
         self.folder = JobFolder(Path(order["folder"])).party(order["party"])
         self.throwaway = throwaway
         self.shared: dict[str, Any] = {}
-        self._plan = {each.task: each for each in assignments(self.spec, Path(order["base"]))[order["party"]]}
+        self._plan = {each.task: each for each in assignments(self.spec)[order["party"]]}
         use_deepspeed(order["launch"])
 
     def run(self, task: str) -> None:
@@ -73,8 +73,16 @@ class Follower:
                 found[port] = self._artifact(refs, kind)
         return found
 
+    def resolve(self, path: str) -> Path:
+        if not path.startswith(_CATALOG):
+            return (Path(self.order["base"]) / Path(path).expanduser()).absolute()
+        found = self.order["catalog"].get(path.removeprefix(_CATALOG))
+        if found is None:
+            raise DataError(f"the catalog of {self.order['party']} has no data set {path.removeprefix(_CATALOG)!r}")
+        return Path(found)
+
     def _artifact(self, ref: InputRef, kind: ArtifactKind) -> Artifact:
-        path = ref.path or self.folder.output(ref.task, ref.output)
+        path = self.folder.output(ref.task, ref.output) if ref.path is None else self.resolve(ref.path)
         return Artifact(kind, path, f"{ref.task}.{ref.output}", self.order["party"])
 
 
@@ -110,12 +118,7 @@ class FollowerContext:
         return self._follower.folder.scratch(self.task)
 
     def resolve(self, path: str) -> Path:
-        if not path.startswith(_CATALOG):
-            return (Path(self._follower.order["base"]) / Path(path).expanduser()).absolute()
-        found = self._follower.order["catalog"].get(path.removeprefix(_CATALOG))
-        if found is None:
-            raise DataError(f"the catalog of {self.party} has no data set {path.removeprefix(_CATALOG)!r}")
-        return Path(found)
+        return self._follower.resolve(path)
 
     def seed(self, *labels: str) -> int:
         return derive_seed(self._follower.spec.job.seed, *labels)

@@ -141,7 +141,7 @@ class Submission:
                 hint="Experiments run in the local runtime only.",
             )
         self._spec, self._base, self._now = spec, base, now
-        self._plan = assignments(spec, base)
+        self._plan = assignments(spec)
         self.job_id = job_id
         self.folder = JobFolder.create(workdir, job_id)
         self._events = EventLog(now=now, observers=tuple(observers))

@@ -25,6 +25,7 @@ from .events import EventLog
 from .jobfolder import JobFolder
 from .party import Assignment, PartyRun
 from .sharing import Sharing
+from .trust.catalog import local_catalog
 
 __all__ = ["LocalJob", "LocalRuntime", "one_malloc_arena"]
 
@@ -82,7 +83,19 @@ class LocalJob:
                 members=tuple(roster),
                 observer=partial(events.emit, party_folder, party, ""),
             )
-            setting = JobSetting(job_id, party, roster, seed, patience, base, party_folder, channel, events, sharing)
+            setting = JobSetting(
+                job_id,
+                party,
+                roster,
+                seed,
+                patience,
+                base,
+                party_folder,
+                channel,
+                events,
+                sharing,
+                catalog=local_catalog(base, party).paths(),
+            )
             self._channels[party] = channel
             self._runs[party] = PartyRun(setting, assignments.get(party, ()), (finished or {}).get(party, {}))
 

@@ -33,11 +33,14 @@ _NOTES = "finished.json"
 
 @dataclass(frozen=True, slots=True)
 class InputRef:
-    """Where an input comes from: an output of an earlier task of this party, or a folder on its disk."""
+    """Where an input comes from: an output of an earlier task of this party, or a folder on its disk.
+
+    path: as the pipeline names it; relative ones start at the pipeline's folder, `catalog:NAME` is a name of the party's.
+    """
 
     task: str = ""
     output: str = ""
-    path: Path | None = None
+    path: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,9 +178,10 @@ class PartyRun:
     def _find(self, ref: InputRef, kind: ArtifactKind) -> Artifact | None:
         if ref.path is None:
             return self.outputs.get(ref.task, {}).get(ref.output)
-        if not ref.path.exists():
+        path = self._setting.resolve(ref.path)
+        if not path.exists():
             raise DataError(f"the input {ref.path} does not exist at {self._setting.party}")
-        return Artifact(kind, ref.path, ref.path.name, self._setting.party)
+        return Artifact(kind, path, path.name, self._setting.party)
 
     def _emit(self, task: str, kind: str, **fields: Any) -> None:
         self._setting.events.emit(self._setting.folder, self._setting.party, task, kind, fields)

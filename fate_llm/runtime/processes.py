@@ -20,6 +20,7 @@ from fate_llm.security.identity import Identity
 
 from .attempt import Order, Outcome, cause_of
 from .events import Event
+from .trust.catalog import local_catalog
 
 __all__ = ["ProcessJob", "ProcessRuntime"]
 
@@ -162,6 +163,7 @@ class ProcessJob:
                 "roster": dict(roster),
                 "finished": order.finished.get(party, {}),
                 "timing": self._timing,
+                "catalog": local_catalog(order.base, party).paths(),
             }
         )
         return started

@@ -168,7 +168,7 @@ def _run(
         durable=bool(order.get("durable")),
         catalog=order.get("catalog", {}),
     )
-    run = PartyRun(setting, assignments(spec, base)[order["party"]], order["finished"])
+    run = PartyRun(setting, assignments(spec)[order["party"]], order["finished"])
     run.run()
     return {
         "error": None if run.error is None else run.error.as_dict(),

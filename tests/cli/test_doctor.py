@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,6 +71,13 @@ def test_what_makes_no_sense_is_a_fault_of_the_line(arguments: list[str], words:
     assert words in error["message"] and error["hint"] and error["code"] == "configuration"
     assert "geheim" not in str(error)
     assert words in run("doctor", *arguments, exit_code=2).stderr
+
+
+def test_a_home_stands_for_its_party_file(run: Run, tmp_path: Path) -> None:
+    home = str(tmp_path)
+    assert f"{home}/party.yaml" in only_error(run("doctor", "--home", home, "--json", exit_code=2))["message"]
+    both = only_error(run("doctor", "--home", home, "--as", f"{home}/party.yaml", "--json", exit_code=2))
+    assert "say the same" in both["message"]
 
 
 def test_no_broker_ends_with_4_and_a_whole_document(run: Run, nobody: str) -> None:

@@ -63,6 +63,21 @@ def test_steps_closed_rounds_notes_and_failures() -> None:
     ]
 
 
+def test_what_a_policy_hides_leaves_no_hole() -> None:
+    # Given lines of a partner that shows rounds and losses, and neither steps nor bytes
+    lines = said(
+        event("round", round=1, local_loss=2.0, loss=2.5),
+        event("step", round=1, loss=2.25),
+        event("task_finished"),
+    )
+    # Then nothing stands for what is not known, least of all a number
+    assert [line.split("tune")[1].split(maxsplit=0)[0].strip() for line in lines] == [
+        "round 1, local loss 2.000, all parties' loss 2.500",
+        "round 1 loss 2.250",
+        "task finished",
+    ]
+
+
 def test_what_is_not_worth_a_line_has_none() -> None:
     assert said(event("encoded", rows=3), event("something_new", x=1), Event("x", "", "", 0.0)) == []
 
@@ -84,7 +99,7 @@ def test_on_a_terminal_there_is_a_table_and_only_what_is_urgent_is_a_line() -> N
     rows = [line.split("│")[1:-1] for line in text.splitlines() if "│" in line]
     cells = [[cell.strip() for cell in row] for row in rows]
     assert ["a", "tune", "new state", "1/4", "3/24", "2.000", "1.50 kB"] in cells
-    assert ["b", "data", "starting", "-", "-", "-", "0 B"] in cells
+    assert ["b", "data", "starting", "-", "-", "-", "-"] in cells
 
 
 def test_the_live_display_starts_and_stops_with_the_job(monkeypatch: pytest.MonkeyPatch) -> None:

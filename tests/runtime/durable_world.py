@@ -130,7 +130,7 @@ class DurableWorld:
     ) -> None:
         self.folder, self.attempt, self.finished = folder, attempt, finished or {}
         self.spec = check(dict(data))
-        self.plan = assignments(self.spec, folder)
+        self.plan = assignments(self.spec)
         self.inboxes = Inboxes()
         self.deaths = {name: list((deaths or {}).get(name, ())) for name in self.spec.members}
         self.cut = cut

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from fate_llm.core.values import Role
 from fate_llm.pipelines import check
 from fate_llm.runtime.assign import assignments
@@ -11,15 +9,15 @@ from fate_llm.runtime.party import Assignment, InputRef
 from tests.runtime.toys import toy_pipeline
 
 
-def assigned(data: dict[str, object], base: Path = Path("/data")) -> dict[str, dict[str, Assignment]]:
-    found = assignments(check(data), base)
+def assigned(data: dict[str, object]) -> dict[str, dict[str, Assignment]]:
+    found = assignments(check(data))
     return {party: {one.task: one for one in some} for party, some in found.items()}
 
 
 def test_every_party_gets_its_tasks_in_the_order_of_running() -> None:
     data = toy_pipeline()
     data["tasks"] = dict(reversed(data["tasks"].items()))
-    found = assignments(check(data), Path("/data"))
+    found = assignments(check(data))
     assert [one.task for one in found["a"]] == ["words", "add"]
     assert [one.task for one in found["z"]] == ["add"]
 
@@ -65,11 +63,11 @@ def test_without_guest_and_arbiter_the_first_contributor_coordinates() -> None:
     assert found["c"]["add"].roles == (Role.HOST,)
 
 
-def test_folders_start_at_the_base_and_an_override_replaces_the_source(tmp_path: Path) -> None:
+def test_an_override_replaces_the_source() -> None:
     data = toy_pipeline()
     data["overrides"]["c"] = {"add": {"inputs": {"data": {"path": "mine/words"}}}}
-    found = assigned(data, tmp_path)
-    assert found["c"]["add"].inputs["data"] == InputRef(path=tmp_path / "mine" / "words")
+    found = assigned(data)
+    assert found["c"]["add"].inputs["data"] == InputRef(path="mine/words")
     assert found["b"]["add"].inputs["data"] == InputRef(task="words", output="dataset")
 
 
@@ -79,7 +77,7 @@ def test_a_list_stays_a_list_and_a_single_source_of_such_a_port_becomes_one() ->
     ref = InputRef(task="words", output="dataset")
     assert assigned(data)["a"]["add"].inputs["more"] == (ref,)
     data["tasks"]["add"]["inputs"]["more"] = ["words.dataset", {"path": "/other"}]
-    assert assigned(data)["a"]["add"].inputs["more"] == (ref, InputRef(path=Path("/other")))
+    assert assigned(data)["a"]["add"].inputs["more"] == (ref, InputRef(path="/other"))
 
 
 def test_a_list_may_name_what_only_some_parties_have() -> None:

@@ -239,7 +239,7 @@ class TestFollower:
 
     def test_its_context_sees_what_rank_0_sees_and_touches_nothing(self, order: dict[str, Any], tmp_path: Path) -> None:
         found = Follower(order, tmp_path / "away")
-        plan = assignments(found.spec, tmp_path)["a"]
+        plan = assignments(found.spec)["a"]
         ctx = FollowerContext(found, plan[1], Role.GUEST, {})
         assert (ctx.party, ctx.task, ctx.params.word) == ("a", "tune", "tuned")
         assert ctx.seed("x", "y") == derive_seed(11, "x", "y")
@@ -256,7 +256,7 @@ class TestFollower:
 
     def test_what_only_rank_0_can_do_is_refused(self, order: dict[str, Any], tmp_path: Path) -> None:
         found = Follower(order, tmp_path / "away")
-        ctx = FollowerContext(found, assignments(found.spec, tmp_path)["a"][0], Role.GUEST, {})
+        ctx = FollowerContext(found, assignments(found.spec)["a"][0], Role.GUEST, {})
         rounds = ctx.contributor_rounds(3, protection="plain")
         for refused in (
             lambda: ctx.channel,

@@ -23,7 +23,7 @@ def make(data: dict[str, Any], tmp_path: Path, *observers: Observer, network: Me
     return LocalJob(
         job_id="job",
         roster=spec.roster,
-        assignments=assignments(spec, tmp_path),
+        assignments=assignments(spec),
         seed=spec.job.seed,
         patience=spec.job.round_deadline,
         base=tmp_path,

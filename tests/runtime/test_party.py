@@ -106,7 +106,7 @@ def test_what_an_earlier_attempt_left_is_cleared(party: Party) -> None:
 
 
 def test_a_folder_that_is_not_there_is_named(party: Party, tmp_path: Path) -> None:
-    inputs = {"data": InputRef(path=tmp_path / "nowhere")}
+    inputs = {"data": InputRef(path=str(tmp_path / "nowhere"))}
     run = party.run(Assignment("add", "adder", (Role.GUEST,), COHORT, Adder.Params(), inputs))
     assert isinstance(run.error, DataError)
     assert "nowhere" in run.error.message
@@ -135,7 +135,7 @@ def test_a_party_of_two_roles_runs_both_at_once(party: Party) -> None:
 
 def test_when_one_side_fails_the_other_ends_and_the_first_error_counts(party: Party) -> None:
     # The guest's side has no input; its own arbiter side waits for it and for b, who never comes.
-    inputs = {"data": InputRef(path=party.base)}
+    inputs = {"data": InputRef(path=str(party.base))}
     run = party.run(Assignment("add", "adder", BOTH, COHORT, Adder.Params(), inputs))
     assert isinstance(run.error, InternalError)
     assert "IsADirectoryError" in run.error.message

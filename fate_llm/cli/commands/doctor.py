@@ -31,6 +31,12 @@ _FAILED = 4
     metavar="PARTY.YAML",
     help="Look from this party's place: its broker, and every other party of its federation.",
 )
+@click.option(
+    "--home",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="FOLDER",
+    help="The same as --as FOLDER/party.yaml.",
+)
 @click.option("--answer", is_flag=True, help="Answer the doctors of the other parties until Ctrl-C. With --as.")
 @click.option(
     "--management",
@@ -50,6 +56,7 @@ def doctor(
     url: str | None,
     party: str | None,
     party_file: Path | None,
+    home: Path | None,
     answer: bool,
     management: str | None,
     seconds: float,
@@ -64,6 +71,8 @@ def doctor(
     """
     from fate_llm.runtime.doctor import examine
 
+    if home is not None:
+        party_file = _of_home(home, party_file)
     _check_options(url, party, party_file, management, answer=answer)
     patient = _patient(url, party, party_file, management, seconds)
     if answer:
@@ -76,6 +85,14 @@ def doctor(
         _show(report)
     if report.status == "failed":
         raise SystemExit(_FAILED)
+
+
+def _of_home(home: Path, party_file: Path | None) -> Path:
+    from fate_llm.core.errors import ConfigurationError
+
+    if party_file is not None:
+        raise ConfigurationError("--home and --as say the same", hint="Give one of them.")
+    return home / "party.yaml"
 
 
 def _check_options(

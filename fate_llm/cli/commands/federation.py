@@ -241,6 +241,7 @@ def grant(
     except ValueError as error:
         raise ConfigurationError(f"--ctl {ctl!r} is no command: {error}") from None
     secret = None if keep_password else (password_file or Path(f"{party}.password"))
+    is_new = secret is not None and not secret.exists()
     hashed = None if secret is None else hash_of(secret)
     commands = grant_commands(found, party, hashed=hashed, quorum=nodes > 1)
     if run:
@@ -254,7 +255,7 @@ def grant(
         click.echo(command.shown(words))
     what = "applied" if run else "to run at the broker, or again with --apply"
     click.secho(f"# {len(commands)} commands {what}", fg="green", err=True)
-    if secret is not None:
+    if is_new:
         click.echo(f"# next: give {party} its password, which is in {secret}", err=True)
 
 

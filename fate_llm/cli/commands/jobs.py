@@ -32,7 +32,7 @@ def jobs() -> None:
 @reports_errors
 def list_jobs(states: tuple[str, ...], limit: int, home: Path, as_json: bool) -> None:
     """The newest jobs."""
-    from ..services import client_of, moment
+    from ..services import client_of, moment, plain
 
     found = client_of(home).jobs(states=states, limit=limit)
     if as_json:
@@ -43,7 +43,7 @@ def list_jobs(states: tuple[str, ...], limit: int, home: Path, as_json: bool) ->
     for row in found:
         state = click.style(f"{row['state']:<10}", fg=_COLORS.get(row["state"]))
         role = "leads" if row["lead"] else f"of {row['initiator']}"
-        click.echo(f"{state} {row['job']:<44} {role:<16} {moment(row['created'])}  {row['note']}".rstrip())
+        click.echo(f"{state} {row['job']:<44} {role:<16} {moment(row['created'])}  {plain(row['note'])}".rstrip())
 
 
 @jobs.command("show")

@@ -112,6 +112,8 @@ def _run_here(
 def _give_to_service(
     spec: PipelineSpec, home: Path, *, only_plan: bool, detach: bool, quiet: bool, as_json: bool
 ) -> None:
+    from fate_llm.core.errors import JobCancelled
+
     from ..progress import Progress
     from ..services import client_of, follow_job, show_job, show_plan, trouble_of
 
@@ -126,9 +128,13 @@ def _give_to_service(
     if detach:
         print_json(job) if as_json else click.echo(job["job"])
         return
-    with progress:
-        progress.say(f"job {job['job']}: fate_llm jobs show {job['job']}")
-        job = follow_job(client, job["job"], progress.observe)
+    try:
+        with progress:
+            progress.say(f"job {job['job']}: fate_llm jobs show {job['job']}")
+            job = follow_job(client, job["job"], progress.observe)
+    except KeyboardInterrupt:
+        hint = f"fate_llm jobs show {job['job']}; to stop it: fate_llm jobs cancel {job['job']}"
+        raise JobCancelled("Ctrl-C has ended the watching; the job goes on", hint=hint) from None
     print_json(job) if as_json else show_job(job)
     if (error := trouble_of(job)) is not None:
         sys.exit(error.exit_code)

@@ -186,6 +186,7 @@ class CoordinatorDriver:
             total = hook.after_sum(total, self._machine.number)
         self._setting.emit(
             "round_closed",
+            conversation=self._setting.task,
             round=self._machine.number,
             rounds=self._setting.rounds,
             contributors=list(total.contributors),
@@ -363,6 +364,7 @@ class ContributorDriver:
         self._state, self.sums, self._finished = done.result.state, done.result.sums, done.result
         self._setting.emit(
             "round_state",
+            conversation=self._setting.task,
             round=done.result.number,
             rounds=self._setting.rounds,
             contributors=list(done.result.contributors),

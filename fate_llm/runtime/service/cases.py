@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from fate_llm.pipelines.schema import PipelineSpec
 
@@ -16,12 +15,13 @@ from ..trust.jobspec import SignedSpecification
 from .lead import LeadMachine
 from .part import PartMachine
 from .track import Track
-from .words import Line, PartView
+from .words import Ending, Line, PartView
 
 __all__ = ["Accepted", "Case"]
 
 _RESENT = 400  # lines of a party that are kept for being sent again
 _ACCEPTED = "accepted.json"
+_ENDED = "ended.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +29,14 @@ class Accepted:
     """Under what this party's policy let the job in. opens: names of the catalogue that it may open.
 
     policy: digest. not_before: seconds since 1970 before which it does not start. hours: that it may take, None for
-    any.
+    any. judged: when that was said, seconds since 1970.
     """
 
     opens: tuple[str, ...] = ()
     policy: str = ""
     not_before: float = 0.0
     hours: float | None = None
+    judged: float = 0.0
 
 
 @dataclass(slots=True)
@@ -45,6 +46,10 @@ class Case:
     line: number of this party's last line. fresh: lines that are not in the database yet. shown: lines that the lead
     may see, and that it has not reported. reported: up to where it has them, None before it has said so. sent: the last
     one sent to it. came: at the lead, by party, the number up to which its lines have come without a gap.
+
+    ending: how it ended for good. tidied, concluded: when all was done that is to be done at the end, by our part and
+    by the lead; None before. unsure: an event was stopped half-way by an error, so that the database may know less than
+    `part` or `lead`, or what they asked for was not done.
     """
 
     signed: SignedSpecification
@@ -63,7 +68,10 @@ class Case:
     sent: int = 0
     sent_at: float = 0.0
     came: dict[str, int] = field(default_factory=dict)
-    dossier: dict[str, Any] | None = None
+    ending: Ending | None = None
+    tidied: float | None = None
+    concluded: float | None = None
+    unsure: bool = False
     waiting_since: float | None = None
     started: float | None = None
 
@@ -105,9 +113,30 @@ class Case:
             found = json.loads((self.folder.path / _ACCEPTED).read_text())
         except (OSError, ValueError):
             return Accepted()
-        return Accepted(tuple(found["opens"]), found["policy"], found["not_before"], found["hours"])
+        judged = found.get("judged", 0.0)
+        return Accepted(tuple(found["opens"]), found["policy"], found["not_before"], found["hours"], judged)
 
     def accept(self, found: Accepted) -> None:
         """Note what the policy said."""
         data = {"opens": list(found.opens), "policy": found.policy, "not_before": found.not_before}
-        write_json(self.folder.path / _ACCEPTED, {**data, "hours": found.hours})
+        write_json(self.folder.path / _ACCEPTED, {**data, "hours": found.hours, "judged": found.judged})
+
+    @property
+    def over(self) -> bool:
+        """Nothing is to be done any more, by anybody here."""
+        return self.part.over and self.tidied is not None and (self.lead is None or self.concluded is not None)
+
+    def keep_ending(self, ending: Ending) -> None:
+        """Note how it ended, and what every party said of its part."""
+        self.ending = ending.model_copy(update={"dossier": None})
+        parts = {party: view.model_dump(mode="json") for party, view in self.parts.items()}
+        write_json(self.folder.path / _ENDED, {"ending": self.ending.model_dump(mode="json"), "parts": parts})
+
+    def load_ending(self) -> None:
+        """What `keep_ending` noted, if the job had ended."""
+        try:
+            found = json.loads((self.folder.path / _ENDED).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        self.ending = Ending.model_validate(found["ending"])
+        self.parts = {party: PartView.model_validate(view) for party, view in found["parts"].items()}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fate_llm.core.errors import FateError
+from fate_llm.core.errors import FateError, InternalError
 from fate_llm.core.values import ArtifactKind
 from fate_llm.protocols.transports.rabbitmq import BrokerAddress, delete_inboxes
 
@@ -39,11 +39,27 @@ class Clerk:
         self._thread = threading.Thread(target=self._run, name="clerk", daemon=True)
         self._thread.start()
 
-    def do(self, work: Callable[[], Any], then: Callable[[Any], None] | None = None) -> None:
-        """Do some work here; what it returns is given to `then` in the engine's thread. Its errors go to the log."""
+    def do(
+        self,
+        work: Callable[[], Any],
+        then: Callable[[Any], None] | None = None,
+        failed: Callable[[FateError], None] | None = None,
+    ) -> None:
+        """Do some work here; what it returns is given to `then` in the engine's thread.
+
+        Its errors are given to `failed` there, and without it go to the log.
+        """
 
         def entry() -> None:
-            result = work()
+            try:
+                result = work()
+            # The boundary of one piece of work, when somebody waits for its end: a full disk is no silence.
+            except Exception as error:
+                if failed is None:
+                    raise
+                ours = error if isinstance(error, FateError) else InternalError(f"{type(error).__name__}: {error}")
+                self._put(lambda: failed(ours))
+                return
             if then is not None:
                 self._put(lambda: then(result))
 

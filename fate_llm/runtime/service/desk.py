@@ -32,52 +32,69 @@ from ..trust.jobspec import Reuse, SignedSpecification, make_specification, veri
 from . import lead, part, views
 from .cases import Case
 from .hall import Hall
+from .housekeeping import Housekeeping
 from .leading import Leading
 from .logbook import Logbook
 from .questions import Asked, Questions
 from .taking_part import TakingPart
 from .track import Track
-from .words import Answer, Lines, News, PartState, Question, Report, Trouble, Word
+from .words import Answer, JobState, Lines, News, PartState, Question, Report, Trouble, Word
 from .workers import Over, Said
 
 __all__ = ["Desk"]
 
 _LOOK = 2.0  # seconds between looks at the roster's file
 _REFUSE_AGAIN = 30.0  # seconds between two refusals of one invitation
+_AGAIN = 2.0  # seconds until a job that an error has stopped half-way is taken up again
+_MOST_OPEN = 500  # jobs of one initiator that have not ended here
+_PAGE = 200  # rows of the database that are looked at together
+_SHOWN = (*JobState, PartState.APPROVAL, PartState.REFUSED)  # states that a list of jobs has
 
 
 class Desk:
     """Not thread-safe: only the engine's thread calls it."""
 
-    def __init__(self, hall: Hall, *, put: Callable[[Callable[[], None]], None]) -> None:
+    def __init__(self, hall: Hall) -> None:
         self._hall = hall
         self._cases: dict[str, Case] = {}
         self._later: deque[Callable[[], None]] = deque()
         self._questions = Questions(hall)
         self._lines = Logbook(hall)
-        self._taking = TakingPart(hall, self._lines, later=self._later.append, put=put, say=self._say_to_lead)
+        self._taking = TakingPart(hall, self._lines, later=self._later.append, find=self._case, say=self._say_to_lead)
         self._leading = Leading(hall, later=self._later.append, say=self._say_to_party)
         self._refused: dict[tuple[str, str], float] = {}
+        self._unsure: dict[str, float] = {}
+        self._housekeeping = Housekeeping(hall)
         self._looked = 0.0
 
     # --- the engine ---
 
     def load(self) -> None:
         """Take up all jobs that had not ended."""
-        for row in self._hall.store.unfinished_jobs():
-            case = self._case(row.job)
-            if case is None:
-                self._hall.say(f"job {row.job} cannot be taken up: its part is not in the database")
+        for job in dict.fromkeys(row.job for row in self._hall.store.unfinished_jobs()):
+            try:
+                if self._case(job) is None:
+                    self._hall.say(f"job {job} cannot be taken up: its part is not in the database")
+            except FateError as error:  # of a component that is gone, say; the others go on
+                self._hall.say(f"job {job} cannot be taken up: {error.message}")
         holding = (PartState.RUNNING, PartState.RESERVED)  # these have their room before anybody asks for some
         for case in sorted(self._cases.values(), key=lambda case: case.part.state not in holding):
-            self._taking.handle(case, part.Restarted(self._hall.now()))
-            if case.lead is not None:
-                self._leading.handle(case, lead.Restarted(self._hall.now()))
+            self._later.append(partial(self._take_up, case))
+
+    def _take_up(self, case: Case) -> None:
+        """Tell a job's machines that they were loaded; what may not have been done is asked for again."""
+        self._taking.take_up(case)
+        if case.lead is not None:
+            self._leading.handle(case, lead.Restarted(self._hall.now()))
+
+    def next(self) -> Callable[[], None] | None:
+        """What was left for after the present entry."""
+        return self._later.popleft() if self._later else None
 
     def settle(self) -> None:
-        """Do what was left for after the present entry."""
-        while self._later:
-            self._later.popleft()()
+        """Do all that was left for later."""
+        while (entry := self.next()) is not None:
+            entry()
 
     def tick(self) -> None:
         """Time has passed."""
@@ -85,13 +102,32 @@ class Desk:
         if now - self._looked >= _LOOK:
             self._looked = now
             self._renew_roster()
+            self._housekeeping.tick(now)
         for case in tuple(self._cases.values()):
-            self._taking.tick(case, now)
-            if case.lead is not None:
-                self._leading.handle(case, lead.Tick(now))
-            self._lines.tick(case, now)
-            if case.part.over and (case.lead is None or case.lead.final):
-                self._cases.pop(case.job, None)
+            self._later.append(partial(self._tick, case, now))
+
+    def _tick(self, case: Case, now: float) -> None:
+        """An entry for each job: an error in one is not the others'."""
+        if self._cases.get(case.job) is not case:
+            return
+        if case.unsure:
+            self._again(case, now)
+            return
+        self._taking.tick(case, now)
+        if case.lead is not None:
+            self._leading.handle(case, lead.Tick(now))
+        self._lines.tick(case, now)
+        if case.over:
+            del self._cases[case.job]
+
+    def _again(self, case: Case, now: float) -> None:
+        """An error has stopped this job half-way: go on from the database, as after a kill."""
+        if now - self._unsure.get(case.job, -_AGAIN) < _AGAIN:
+            return
+        self._unsure = {job: at for job, at in self._unsure.items() if now - at < _AGAIN} | {case.job: now}
+        if (row := self._hall.store.job(case.job)) is not None:
+            self._hall.say(f"{case.job}: goes on from the database")
+            self._take_up(self._load(row))
 
     def _renew_roster(self) -> None:
         try:
@@ -138,6 +174,8 @@ class Desk:
             spec = verify(signed, self._hall.roster.present, self._hall.now())
             if self._hall.me not in spec.members:
                 raise PolicyError(f"{self._hall.me} takes no part in the job")
+            if sum(case.initiator == sender for case in self._cases.values()) >= _MOST_OPEN:
+                raise PolicyError(f"{_MOST_OPEN} jobs of {sender} have not ended at {self._hall.me}")
             return self._open(signed, spec)
         except FateError as error:
             self._refuse(sender, news, error)
@@ -206,30 +244,39 @@ class Desk:
         if job in self._cases:
             return self._cases[job]
         row = self._hall.store.job(job)
-        if row is None:
-            return None
+        return None if row is None else self._load(row)
+
+    def _load(self, row: JobRow) -> Case:
+        """A job as the database has it."""
         signed = SignedSpecification.from_data(row.specification)
         case = self._make(signed, check(signed.specification.pipeline), row.created)
         case.part = part.PartMachine.from_data(row.machine)
         case.track = Track(case.tasks, case.part.tasks)
-        case.line = self._hall.store.last_line(job, self._hall.me)
-        leading = self._hall.store.job(job, lead=True)
+        case.line = self._hall.store.last_line(row.job, self._hall.me)
+        case.tidied = row.ended
+        case.load_ending()
+        leading = self._hall.store.job(row.job, lead=True)
         if leading is not None:
-            case.lead = lead.LeadMachine.from_data(leading.machine)
-        self._cases[job] = case
+            case.lead, case.concluded = lead.LeadMachine.from_data(leading.machine), leading.ended
+        self._cases[row.job] = case
         return case
 
-    def _open(self, signed: SignedSpecification, spec: PipelineSpec) -> Case:
-        """A job that is new to this party."""
+    def _open(self, signed: SignedSpecification, spec: PipelineSpec, *, leads: bool = False) -> Case:
+        """A job that is new to this party; all of it is stored, or nothing."""
         case = self._make(signed, spec, self._hall.now())
+        with self._hall.store.transaction():
+            self._taking.store(case)
+            if leads:
+                case.lead = self._leading.machine(case)
+                self._leading.store(case)
         self._cases[case.job] = case
-        self._taking.store(case)
         return case
 
     def _make(self, signed: SignedSpecification, spec: PipelineSpec, created: float) -> Case:
         settings = self._hall.home.settings
         specification = signed.specification
-        lost_after = spec.job.lost_after or settings.lost_after
+        said = "lost_after" in spec.job.model_fields_set
+        lost_after = max(spec.job.lost_after if said else settings.lost_after, 3 * settings.heartbeat)
         path = self._hall.jobs / specification.job
         path.mkdir(mode=0o700, exist_ok=True)
         machine = part.PartMachine(
@@ -267,8 +314,8 @@ class Desk:
         """A new job of this party's."""
         unique = random_id(4) if key is None else hashlib.sha256(key.encode("ascii")).hexdigest()[:12]
         if key is not None:
-            for row in self._hall.store.jobs(limit=1000):
-                if row.lead and row.job.endswith(f"-{unique}"):
+            for row in self._hall.store.jobs(limit=1000, lead=True):
+                if row.job.endswith(f"-{unique}"):
                     return self.job(row.job)
         return self._begin(check(dict(pipeline)), unique, priority=priority, labels=labels)
 
@@ -299,9 +346,7 @@ class Desk:
         )
         signed = found.sign(self._hall.identity)
         self._hall.audit.append("submitted", job=job, digest=signed.digest, parties=list(spec.members))
-        case = self._open(signed, verify(signed, self._hall.roster.present, now))
-        case.lead = self._leading.machine(case)
-        self._leading.store(case)
+        case = self._open(signed, verify(signed, self._hall.roster.present, now), leads=True)
         self._leading.handle(case, lead.Submitted(now))
         self.settle()
         return self.job(job)
@@ -310,14 +355,13 @@ class Desk:
         """Stop a job: at once here, and everywhere as soon as the lead hears of it."""
         case = self._known(job)
         now, who = self._hall.now(), by or self._hall.me
+        state = case.part.wanted if case.lead is None else case.lead.state
+        if state.ended or case.part.over:
+            raise WrongState(f"{job} has ended: {state}")
         self._hall.audit.append("cancelled", job=job, digest=case.signed.digest, by=who, reason=reason)
         if case.lead is not None:
-            if case.lead.state.ended:
-                raise WrongState(f"{job} has ended: {case.lead.state}")
             self._leading.handle(case, lead.Cancel(reason, who, now))
         else:
-            if case.part.wanted.ended or case.part.over:
-                raise WrongState(f"{job} has ended: {case.part.wanted}")
             self._taking.handle(case, part.Cancel(reason, who, now))
         self.settle()
         return self.job(job)
@@ -366,6 +410,10 @@ class Desk:
         case = self._known(job)
         if decision not in ("approve", "refuse"):
             raise ConfigurationError(f"a decision is `approve` or `refuse`, not {decision!r}")
+        if case.part.state is not PartState.APPROVAL:
+            raise WrongState(
+                f"{job} does not wait for a decision here: our part is {case.part.state}, the job {case.part.wanted}"
+            )
         who = by or self._hall.me
         row = self._hall.store.decide(job, decision, who, reason, digest=digest)  # type: ignore[arg-type]
         self._hall.audit.append("approval", job=job, digest=row.digest, decision=decision, by=who, reason=reason)
@@ -376,16 +424,31 @@ class Desk:
 
     def approvals(self) -> list[dict[str, Any]]:
         """What waits for a person."""
-        return [views.approval(row) for row in self._hall.store.approvals()]
+        found = []
+        for row in self._hall.store.approvals():
+            case = self._case(row.job)
+            if case is not None and case.part.state is PartState.APPROVAL:
+                found.append(views.approval(row))
+        return found
 
     def jobs(self, *, states: tuple[str, ...], limit: int) -> list[dict[str, Any]]:
         """The newest jobs, one entry each."""
-        found: dict[str, JobRow] = {}
-        for row in self._hall.store.jobs(limit=2 * limit):
-            if row.lead or row.job not in found:
-                found[row.job] = row
-        shown = [views.summary(row) for row in found.values()]
-        return [row for row in shown if not states or row["state"] in states][:limit]
+        if unknown := [state for state in states if state not in _SHOWN]:
+            raise ConfigurationError(
+                f"no job is in a state called {unknown[0][:100]!r}", hint=f"States: {', '.join(_SHOWN)}"
+            )
+        found: dict[str, dict[str, Any]] = {}
+        seen: set[str] = set()
+        before: float | None = None
+        while len(found) < limit and (page := self._hall.store.jobs(limit=_PAGE, before=before)):
+            for row in page:
+                if row.job not in seen:  # of two rows of a job the lead's comes first
+                    seen.add(row.job)
+                    shown = views.summary(row)
+                    if not states or shown["state"] in states:
+                        found[row.job] = shown
+            before = page[-1].created
+        return list(found.values())[:limit]
 
     def job(self, job: str) -> dict[str, Any]:
         """All that this party may see of one job."""

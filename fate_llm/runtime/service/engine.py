@@ -31,6 +31,7 @@ _TICK = 0.25  # seconds between looks at the clock
 _ANSWER = 60.0  # seconds that a call of the API waits for the engine
 _PLAN = 20.0  # seconds that the other parties have to answer to a plan
 _RECEIVE = 0.5
+_BACKLOG = 200  # entries of the queue above which words of others wait at the broker
 
 
 class Engine:
@@ -41,8 +42,9 @@ class Engine:
         self._say = say
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._hall: Hall = open_hall(home, now=now, put=self._queue.put, said=self._said, say=say)
-        self._desk = Desk(self._hall, put=self._queue.put)
+        self._desk = Desk(self._hall)
         self._closing = threading.Event()
+        self._ticking = threading.Event()  # a tick waits in the queue: one is enough
         self._threads = [
             threading.Thread(target=self._run, name="engine", daemon=True),
             threading.Thread(target=self._hear, name="hearing", daemon=True),
@@ -71,17 +73,22 @@ class Engine:
     # --- the threads ----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        entry: Callable[[], None] | None
         while (entry := self._queue.get()) is not None and not self._closing.is_set():
-            try:
-                entry()
-                self._desk.settle()
-            # The boundary of one entry: what is wrong with one job must not stop the others; the log has the story.
-            except Exception as error:
-                self._say(f"internal error: {type(error).__name__}: {error}\n{traceback.format_exc()}")
+            while entry is not None:
+                try:
+                    entry()
+                # The boundary of one entry: what is wrong with one job must not stop the others.
+                except Exception as error:
+                    self._say(f"internal error: {type(error).__name__}: {error}\n{traceback.format_exc()}")
+                entry = self._desk.next()
 
     def _hear(self) -> None:
         try:
             while not self._closing.is_set():
+                if self._queue.qsize() > _BACKLOG:
+                    self._closing.wait(_TICK)
+                    continue
                 heard = self._hall.post.receive(_RECEIVE)
                 if heard is not None:
                     sender, word = heard
@@ -92,8 +99,14 @@ class Engine:
                 self.failed = error
 
     def _tick(self) -> None:
+        def tick() -> None:
+            self._ticking.clear()
+            self._desk.tick()
+
         while not self._closing.wait(_TICK):
-            self._queue.put(self._desk.tick)
+            if not self._ticking.is_set():
+                self._ticking.set()
+                self._queue.put(tick)
 
     def _ask(self, call: Callable[[], T]) -> T:
         """Run something in the engine's thread, and wait for its result."""

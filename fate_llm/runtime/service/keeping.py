@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+from fate_llm.core.errors import DataError
 from fate_llm.core.values import ArtifactKind
+from fate_llm.pipelines.graph import waits_for
 
 from ..artifacts.models import DataFingerprint
+from ..store.rows import TaskRow
 from .cases import Case
 from .hall import Hall
 from .words import Ending
 
-__all__ = ["Keeping"]
+__all__ = ["Keeping", "is_kept", "known_initiators"]
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def is_kept(row: TaskRow) -> bool:
+    """Whether a task's outputs are among the artifacts; until then its row has their paths."""
+    return all(_DIGEST.fullmatch(value) for value in row.outputs.values())
+
+
+def known_initiators(hall: Hall) -> set[str]:
+    """Of whom a job was let in before: by the policy, or by a person where the policy wanted one."""
+    rows = hall.store.jobs(limit=1000, lead=False)
+    return {row.initiator for row in rows if row.machine.get("verdict") == "accept" or row.machine.get("approved")}
 
 
 class Keeping:
@@ -29,24 +46,40 @@ class Keeping:
         return {name: str(path) for name, path in found.items() if path.exists()}
 
     def missing(self, case: Case) -> list[str]:
-        """Tasks whose outputs are to be taken over and are not kept here."""
-        kept = self._kept(case)
+        """Tasks whose outputs are to be taken over and are not kept here, or not as this very job would make them."""
+        kept = self._kept(case) if self._same(case) else {}
         mine = [task for task in case.reused if task in case.tasks]
-        return [
-            task
-            for task in mine
-            if task not in kept or any(self._hall.artifacts.ref(digest) is None for digest in kept[task].values())
-        ]
+        return [task for task in mine if task not in kept or not all(map(self._is_there, kept[task].values()))]
+
+    def _is_there(self, digest: str) -> bool:
+        try:
+            return self._hall.artifacts.ref(digest) is not None
+        except DataError:  # it is damaged
+            return False
+
+    def _same(self, case: Case) -> bool:
+        """Whether the earlier job was of the same initiator and the same pipeline, and nothing that is run again feeds
+        what is taken over. Else a partner could have what another's job, or another task, made of our data.
+        """
+        reuse = case.signed.specification.reuse
+        row = None if reuse is None else self._hall.store.job(reuse.job)
+        if reuse is None or row is None:
+            return False
+        earlier = row.specification["specification"]
+        before = waits_for(case.spec)
+        closed = all(set(before[task]) <= set(reuse.tasks) for task in reuse.tasks)
+        same = earlier["pipeline"] == case.signed.specification.to_data()["pipeline"]
+        return closed and same and row.initiator == case.initiator
 
     def _kept(self, case: Case) -> dict[str, dict[str, str]]:
         """Digests of outputs of the earlier job, by task and name."""
         reuse = case.signed.specification.reuse
         rows = [] if reuse is None else self._hall.store.tasks(reuse.job)
-        return {row.task: row.outputs for row in rows if row.state == "success"}
+        return {row.task: row.outputs for row in rows if row.state == "success" and is_kept(row)}
 
     def take_over(self, case: Case) -> None:
         """Copy the outputs of an earlier job into this one's folder."""
-        kept = self._kept(case)
+        kept = self._kept(case) if self._same(case) else {}
         for task in (task for task in case.reused if task in case.tasks):
             for name, digest in kept[task].items():
                 place = case.own.output(task, name)

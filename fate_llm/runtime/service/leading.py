@@ -47,7 +47,12 @@ class Leading:
         )
 
     def heard(self, case: Case, sender: str, report: Report) -> None:
-        """A report; a statement in it that its party did not sign is left out, and so is asked for again."""
+        """A report. A statement in it that its party did not sign is left out, and so is asked for again; tasks that
+        the party has no part in are left out, too: all parties are told the rest.
+        """
+        mine = {task: view for task, view in report.tasks.items() if _takes_part(case, sender, task)}
+        if len(mine) < len(report.tasks):
+            report = report.model_copy(update={"tasks": mine})
         if report.statement is not None and sender in case.signed.specification.members:
             try:
                 public = self._hall.roster.present.member(sender).public
@@ -64,17 +69,22 @@ class Leading:
         actions = case.lead.handle(event)
         if isinstance(event, lead.Tick) and not actions:
             return
-        self.store(case, done=False)
+        unsure, case.unsure = case.unsure, True
+        if not case.lead.final:
+            case.concluded = None
+        self.store(case)
         if case.lead.state is not before:
             self._hall.say(f"{case.job}: {before} -> {case.lead.state}")
             self._hall.news.tell()
         for action in actions:
             self._do(case, action)
-        if case.lead.final and any(isinstance(action, lead.Ended) for action in actions):
+        if any(isinstance(action, lead.Ended) for action in actions):
+            case.concluded = self._hall.now()
             self.store(case)
+        case.unsure = unsure
 
-    def store(self, case: Case, *, done: bool = True) -> None:
-        """Write the machine to the database. done: what it asked for has been done, so that an end is one."""
+    def store(self, case: Case) -> None:
+        """Write the machine to the database. It has ended when what it asked for at its end has been done."""
         machine, specification, now = case.lead, case.signed.specification, self._hall.now()
         assert machine is not None
         trouble = machine.trouble
@@ -90,7 +100,7 @@ class Leading:
                 specification.priority,
                 case.created,
                 now,
-                now if machine.final and done else None,
+                case.concluded,
                 case.signed.to_data(),
                 machine.to_data(),
                 None if trouble is None else trouble.model_dump(mode="json"),
@@ -123,3 +133,7 @@ class Leading:
             self._hall.say(f"{case.job}: ended, {action.ending.state}")
         elif isinstance(action, lead.Note):
             self._hall.say(f"{case.job}: {action.event} {dict(action.fields)}")
+
+
+def _takes_part(case: Case, party: str, task: str) -> bool:
+    return task in case.spec.tasks and party in case.spec.parties_of(task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,9 @@ _RESEND = 5.0  # seconds until lines that the lead has not reported are sent aga
 _MOST = 200  # lines in one word
 _STEPS = 2.0  # seconds between two lines of mere steps
 _LONGEST = 2000  # characters of a text in a line
+_LARGEST = 64 * 1024  # characters of all of a line's fields
+_PAGE = 1000  # lines that are read or counted together
+_KEPT = 20_000  # lines of a job, of all its parties
 
 
 class Logbook:
@@ -27,6 +31,7 @@ class Logbook:
     def __init__(self, hall: Hall) -> None:
         self._hall = hall
         self._stepped: dict[str, float] = {}
+        self._stored: dict[str, int] = {}
 
     def note(self, case: Case, event: str, task: str, seconds: float, fields: Mapping[str, Any]) -> None:
         """A new line of this party."""
@@ -57,12 +62,20 @@ class Logbook:
         except ConfigurationError:  # said when it matters; until it is mended, nothing is shown
             return Show()
 
+    def _forget_old(self, case: Case, count: int) -> None:
+        """No job fills the disk with lines, whoever sends them."""
+        self._stored[case.job] = self._stored.get(case.job, 0) + count
+        if self._stored[case.job] >= _PAGE:
+            del self._stored[case.job]
+            self._hall.store.prune_lines(case.job, _KEPT)
+
     # --- at a party ---
 
     def tick(self, case: Case, now: float) -> None:
         """Store what is new, and send what the lead lacks."""
         if case.fresh:
             self._hall.store.append_lines(case.job, self._hall.me, case.fresh)
+            self._forget_old(case, len(case.fresh))
             case.fresh.clear()
             self._hall.news.tell()
         if case.initiator == self._hall.me or not case.shown:
@@ -81,13 +94,23 @@ class Logbook:
         """The lead has our lines up to this number."""
         if case.initiator == self._hall.me:
             return
-        if case.reported is None and not case.shown:  # the service was started again: what was not reported, anew
-            found = self._hall.store.lines(case.job, party=self._hall.me, limit=5000)
-            visible = [self._visible(line) for _, _, line in found if line.number > number]
-            case.shown = deque((line for line in visible if line is not None), maxlen=case.shown.maxlen)
+        if case.reported is None and case.line:  # the service was started again: what was not reported, anew
+            self._show_again(case, number)
         case.reported = max(case.reported or 0, number)
         while case.shown and case.shown[0].number <= case.reported:
             case.shown.popleft()
+
+    def _show_again(self, case: Case, number: int) -> None:
+        """The stored lines after `number`, before those that have come since the start."""
+        first = case.shown[0].number if case.shown else case.line + 1
+        shown: deque[Line] = deque(maxlen=case.shown.maxlen)
+        after = 0
+        while page := self._hall.store.lines(case.job, after=after, party=self._hall.me, limit=_PAGE):
+            visible = [self._visible(line) for _, _, line in page if number < line.number < first]
+            shown.extend(line for line in visible if line is not None)
+            after = page[-1][0]
+        shown.extend(case.shown)
+        case.shown = shown
 
     # --- at the lead ---
 
@@ -96,8 +119,9 @@ class Logbook:
         known = self.heard_of(case, sender)
         if word.digest != case.signed.digest or sender not in case.spec.members or word.after > known:
             return
-        lines = sorted(word.lines, key=lambda line: line.number)
+        lines = sorted((_bounded(line) for line in word.lines), key=lambda line: line.number)
         self._hall.store.append_lines(case.job, sender, lines)
+        self._forget_old(case, len(lines))
         case.came[sender] = max(known, lines[-1].number if lines else 0)
         self._hall.news.tell()
 
@@ -106,6 +130,12 @@ class Logbook:
         if party not in case.came:
             case.came[party] = self._hall.store.last_line(case.job, party)
         return case.came[party]
+
+
+def _bounded(line: Line) -> Line:
+    """A line of a partner as large as ours are, or without its fields."""
+    size = len(json.dumps(line.fields, default=str))
+    return line if size <= _LARGEST else line.model_copy(update={"fields": {"left_out": f"{size} characters"}})
 
 
 def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from fate_llm.security.randomness import random_id
 from ..trust.jobspec import SignedSpecification, make_specification, verify
 from ..trust.policy import evaluate
 from .hall import Hall
+from .keeping import known_initiators
 from .orders import estimate
 from .words import Answer, Question, Trouble
 
@@ -70,6 +71,11 @@ class Questions:
         try:
             signed = SignedSpecification.from_data(question.specification)
             spec = verify(signed, self._hall.roster.present, self._hall.now())
+        except FateError as error:
+            return _trouble(question, error.code, error.message, error.hint)
+        try:
+            if self._hall.me not in spec.members:
+                return _trouble(question, "policy_refused", f"{self._hall.me} takes no part in the job")
             if signed.specification.initiator != sender:
                 return _trouble(question, "policy_refused", f"{sender} asks for {signed.specification.initiator}")
             policy, catalog = self._hall.policy(), self._hall.catalog()
@@ -81,11 +87,12 @@ class Questions:
                 catalog,
                 self._hall.now(),
                 costs,
-                known={row.initiator for row in self._hall.store.jobs(limit=1000)},
+                known=known_initiators(self._hall) if "new_initiator" in policy.manual else (),
                 pipeline=spec,
             )
-        except FateError as error:
-            return _trouble(question, error.code, error.message, error.hint)
+        except FateError as error:  # ours: nobody else learns what our files say, nor where they are
+            self._hall.say(f"{question.question[:100]} of {sender} cannot be judged: {error.message}")
+            return _trouble(question, error.code, f"the policy or catalogue of {self._hall.me} is not whole")
         return Answer(question=question.question, findings=found.findings, estimates=costs)
 
     def _seconds(self, print_: str) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from urllib.parse import quote
@@ -13,6 +14,7 @@ from fate_llm.core.values import ArtifactKind
 from fate_llm.protocols.transports.rabbitmq import BrokerAddress
 
 from ..jobfolder import write_json
+from ..launch import LaunchSettings, command
 from ..record.statement import statement
 from ..record.transcript import read_transcript
 from ..store.rows import ApprovalRow, JobRow, TaskRow
@@ -21,7 +23,7 @@ from ..trust.policy import Evaluation, evaluate
 from . import part
 from .cases import Accepted, Case
 from .hall import Hall
-from .keeping import Keeping
+from .keeping import Keeping, is_kept, known_initiators
 from .logbook import Logbook
 from .orders import estimate, fingerprint, worker_order
 from .room import Rooms
@@ -30,9 +32,11 @@ from .workers import Over, Said
 
 __all__ = ["TakingPart"]
 
+_TIDIED = 100  # attempts whose inboxes are removed at the end, the latest ones: a lead may name any number
+
 
 class TakingPart:
-    """later: a call that is made after the present event. put: the same, from other threads. say: to the lead."""
+    """later: a call that is made after the present event. find: a job as it is now. say: to the lead."""
 
     def __init__(
         self,
@@ -40,10 +44,10 @@ class TakingPart:
         lines: Logbook,
         *,
         later: Callable[[Callable[[], None]], None],
-        put: Callable[[Callable[[], None]], None],
+        find: Callable[[str], Case | None],
         say: Callable[[Case, Report], None],
     ) -> None:
-        self._hall, self._lines, self._later, self._say = hall, lines, later, say
+        self._hall, self._lines, self._later, self._find, self._say = hall, lines, later, find, say
         self._keeping = Keeping(hall)
         self._rooms = Rooms(hall.home.settings.resources)
         self._waiting: dict[str, Case] = {}
@@ -70,15 +74,31 @@ class TakingPart:
         actions = case.part.handle(event)
         if isinstance(event, part.Tick) and not actions:
             return
+        unsure, case.unsure = case.unsure, True
+        if not case.part.over:
+            case.tidied = None
         if any(not isinstance(action, part.Ignored) for action in actions) or not actions:
-            self.store(case, done=False)
+            self.store(case)
         if case.part.state is not before:
             self._hall.say(f"{case.job}: our part {before} -> {case.part.state}")
             self._hall.news.tell()
         for action in actions:
             self._do[type(action)](case, action)
-        if case.part.over and any(isinstance(action, part.Close) for action in actions):
-            self.store(case)
+        case.unsure = unsure
+
+    def take_up(self, case: Case) -> None:
+        """The service came up again, or an error stopped this job half-way: all that is to be done, again."""
+        self._waiting.pop(case.job, None)
+        for row in self._hall.store.tasks(case.job):
+            if row.state == "success" and not is_kept(row):
+                self._keep(case, row)
+        self.handle(case, part.Restarted(self._hall.now()))
+
+    def _still(self, case: Case, event: part.Event) -> None:
+        """An event that took its time, to the job as it is now."""
+        now = self._find(case.job)
+        if now is not None:
+            self.handle(now, event)
 
     def tick(self, case: Case, now: float) -> None:
         """Time has passed: who waited for its hour gets room, who had too many hours is stopped."""
@@ -120,8 +140,8 @@ class TakingPart:
         views = {task: view.model_dump(mode="json") for task, view in case.track.views.items()}
         self.handle(case, part.WorkerEnded(news.attempt, {"error": error, "tasks": views}, now))
 
-    def store(self, case: Case, *, done: bool = True) -> None:
-        """Write the machine to the database. done: what it asked for has been done, so that an end is one."""
+    def store(self, case: Case) -> None:
+        """Write the machine to the database. It has ended when what it asked for at its end has been done."""
         machine, now = case.part, self._hall.now()
         trouble = machine.trouble
         self._hall.store.save_job(
@@ -136,7 +156,7 @@ class TakingPart:
                 case.signed.specification.priority,
                 case.created,
                 now,
-                now if machine.over and done else None,
+                case.tidied,
                 case.signed.to_data(),
                 machine.to_data(),
                 None if trouble is None else trouble.model_dump(mode="json"),
@@ -146,6 +166,14 @@ class TakingPart:
     # --- what the policy says ---
 
     def _decide(self, case: Case, action: part.Decide) -> None:
+        if case.reused:  # after the outputs of the earlier job were kept, if that is being done
+            self._hall.clerk.do(lambda: None, lambda _: self._decide_now(case, action))
+        else:
+            self._decide_now(case, action)
+
+    def _decide_now(self, case: Case, action: part.Decide) -> None:
+        if case.part.attempt != action.attempt:
+            return
         now = self._hall.now()
         policy, verdict, findings = self._judge(case, now)
         told = [one.model_dump(mode="json") for one in findings if one.outcome != "pass"][:20]
@@ -158,7 +186,7 @@ class TakingPart:
             findings=told,
             policy=policy,
         )
-        self._later(partial(self.handle, case, part.Decided(verdict, findings, now)))
+        self._later(partial(self._still, case, part.Decided(verdict, findings, now)))
 
     def _judge(self, case: Case, now: float) -> tuple[str, part.Verdict, tuple[Finding, ...]]:
         """Digest of the policy, and what it says."""
@@ -173,7 +201,7 @@ class TakingPart:
                 catalog,
                 now,
                 self.estimates(case),
-                known=self._known_initiators(),
+                known=known_initiators(self._hall) if "new_initiator" in policy.manual else (),
                 pipeline=case.spec,
             )
         except FateError as error:
@@ -183,7 +211,7 @@ class TakingPart:
             )
             return "", "refuse", (Finding(rule="policy", outcome="refuse", found=text[:2000]),)
         hours = None if policy.resources is None else policy.resources.hours
-        case.accept(Accepted(found.opens, policy.digest, found.not_before or 0.0, hours))
+        case.accept(Accepted(found.opens, policy.digest, found.not_before or 0.0, hours, now))
         missing = self._keeping.missing(case)
         if missing:
             text = f"outputs of {', '.join(missing)} are not kept here any more"
@@ -200,14 +228,10 @@ class TakingPart:
 
         return estimate(case.spec, self._hall.me, self._hall.catalog().paths(), seconds, case.folder.path)
 
-    def _known_initiators(self) -> set[str]:
-        """Of whom a job was let in before."""
-        never = {"unheard", "approval", "refused"}
-        return {row.initiator for row in self._hall.store.jobs(limit=1000) if not row.lead and row.state not in never}
-
     def _ask_human(self, case: Case, action: part.AskHuman) -> None:
         row = self._hall.store.approval(case.job, case.signed.digest)
-        if row is not None and row.decision is not None:  # it was answered while we were being started again
+        answered = row is not None and row.decided is not None and row.decided >= case.accepted().judged
+        if row is not None and answered:  # stored, and not taken to the machine, when the service was killed
             event = part.Approved if row.decision == "approve" else part.Denied
             self._later(partial(self.handle, case, event(row.by, row.reason, self._hall.now())))
             return
@@ -261,7 +285,8 @@ class TakingPart:
         self._lines.note(case, "worker_started", "", now, started)
         if case.reused:
             then = partial(self._started, case, action, finished)
-            self._hall.clerk.do(partial(self._keeping.take_over, case), lambda _: then())
+            failed = partial(self._failed, case, action.attempt)
+            self._hall.clerk.do(partial(self._keeping.take_over, case), lambda _: then(), failed)
         else:
             self._started(case, action, finished)
 
@@ -269,6 +294,22 @@ class TakingPart:
         """Start the process, unless the job has been stopped meanwhile."""
         if case.part.attempt != action.attempt or case.part.state.ended:
             return
+        try:
+            self._start_now(case, action, finished)
+        except FateError as error:
+            self._failed(case, action.attempt, error)
+        except OSError as error:  # no room for a process, or a full disk: tried again, not for ever
+            died = part.WorkerDied(action.attempt, f"it could not be started: {error.strerror}", self._hall.now())
+            self._later(partial(self._still, case, died))
+
+    def _failed(self, case: Case, attempt: int, error: FateError) -> None:
+        """An attempt cannot go on here, and there is no worker that could say so."""
+        self._hall.say(f"{case.job}: {error.code}: {error.message}")
+        if case.part.attempt == attempt and not case.part.state.ended:
+            ended = part.WorkerEnded(attempt, {"error": error.told_others()}, self._hall.now())
+            self._later(partial(self._still, case, ended))
+
+    def _start_now(self, case: Case, action: part.StartWorker, finished: list[str]) -> None:
         settings, accepted = self._hall.home.settings, case.accepted()
         paths = self._hall.catalog().paths()
         order = worker_order(
@@ -283,7 +324,9 @@ class TakingPart:
             lost_after=case.part.lost_after,
             audit={"folder": str(self._hall.audit.folder), "transcript": str(case.transcript)},
         )
-        self._hall.workers.start(order, errors=case.own.path / "stderr.txt")
+        launch = LaunchSettings(nproc=settings.launch.nproc, deepspeed=settings.launch.deepspeed)
+        order["launch"] = launch.order()
+        self._hall.workers.start(order, errors=case.own.path / "stderr.txt", command=command(launch))
 
     def _stop(self, case: Case, action: part.StopWorker) -> None:
         if case.job in self._hall.workers.running():
@@ -303,13 +346,15 @@ class TakingPart:
         print_ = fingerprint(case.spec, self._hall.me, task)
         row = TaskRow(case.job, task, attempt, "success", started, seconds, outputs, print_)
         self._hall.store.save_task(row)
-        ports = case.spec.component(task).outputs
-        kinds: dict[str, ArtifactKind] = {name: ports[name].kind for name in outputs}
+        self._keep(case, row)
 
-        def kept(digests: dict[str, str]) -> None:
-            self._hall.store.save_task(TaskRow(case.job, task, attempt, "success", started, seconds, digests, print_))
-
-        self._hall.clerk.keep(outputs, kinds, kept)
+    def _keep(self, case: Case, row: TaskRow) -> None:
+        """Keep the outputs of a task, whose paths a row has, by their content."""
+        ports = case.spec.component(row.task).outputs
+        kinds: dict[str, ArtifactKind] = {name: ports[name].kind for name in row.outputs}
+        self._hall.clerk.keep(
+            row.outputs, kinds, lambda digests: self._hall.store.save_task(replace(row, outputs=digests))
+        )
 
     # --- the end ---
 
@@ -332,12 +377,13 @@ class TakingPart:
             )
 
         def then(found: dict[str, Any]) -> None:
-            self.handle(case, part.Statement(found, self._hall.now(), attempt=action.attempt))
+            self._still(case, part.Statement(found, self._hall.now(), attempt=action.attempt))
 
         self._hall.clerk.do(work, then)
 
     def _close(self, case: Case, action: part.Close) -> None:
         ending: Ending = action.ending
+        case.keep_ending(ending)
         if ending.dossier is not None and case.initiator != self._hall.me:
             write_json(case.dossier_file, ending.dossier)
         trouble = None if ending.trouble is None else ending.trouble.model_dump(mode="json")
@@ -347,7 +393,7 @@ class TakingPart:
         self._lines.note(case, "job_ended", "", self._hall.now(), {"state": ending.state.value})
         self._lines.tick(case, self._hall.now())
         case.started = None
-        attempts = range(1, case.part.attempt + 1)
+        attempts = range(max(1, case.part.attempt - _TIDIED + 1), case.part.attempt + 1)
         address = BrokerAddress.from_url(self._hall.home.settings.broker_url(), password=self._password())
         inboxes = [f"{case.job}/{attempt}" for attempt in attempts]
         folders = [case.own.path / "link"]
@@ -355,7 +401,15 @@ class TakingPart:
             folders.append(case.own.path / "journal")
             self._hall.clerk.do(partial(self._keeping.register_models, case, ending))
         self._hall.clerk.tidy(address, self._hall.me, inboxes, folders)
+        self._hall.clerk.do(lambda: None, lambda _: self._tidied(case))
         self._hall.news.tell()
+
+    def _tidied(self, case: Case) -> None:
+        """All that was to be done has been done, or was told in the log; the job is not taken up again."""
+        if case.part.over and self._find(case.job) is case:
+            case.tidied = self._hall.now()
+            self.store(case)
+            self._hall.news.tell()
 
     def _password(self) -> str | None:
         return self._hall.home.settings.load_password()

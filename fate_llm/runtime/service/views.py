@@ -41,7 +41,9 @@ def job(case: Case, row: JobRow) -> dict[str, Any]:
     parts[case.party] = own
     state = machine.wanted if case.lead is None else case.lead.state
     trouble = row.trouble
-    if case.lead is None and trouble is None and (ended := [p.trouble for p in parts.values() if p.trouble]):
+    if case.lead is None and case.ending is not None and state.ended:
+        trouble = None if case.ending.trouble is None else case.ending.trouble.model_dump(mode="json")
+    elif case.lead is None and trouble is None and (ended := [p.trouble for p in parts.values() if p.trouble]):
         trouble = ended[0].model_dump(mode="json")
     return {
         "job": case.job,
@@ -55,7 +57,7 @@ def job(case: Case, row: JobRow) -> dict[str, Any]:
         "labels": dict(case.signed.specification.labels),
         "created": case.created,
         "ended": row.ended if state.ended else None,
-        "over": machine.over and (case.lead is None or case.lead.final),
+        "over": case.over,
         "trouble": trouble,
         "parts": {name: parts[name].model_dump(mode="json") for name in case.spec.members if name in parts},
         "findings": [finding.model_dump(mode="json") for finding in machine.findings],

@@ -44,6 +44,7 @@ __all__ = [
 Text = Annotated[str, Field(max_length=2000)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Serial = Annotated[int, Field(ge=0, lt=2**53)]
+Attempt = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class JobState(StrEnum):
@@ -156,7 +157,7 @@ class News(Frozen):
     digest: Digest
     serial: Serial
     state: JobState
-    attempt: int = Field(0, ge=0)
+    attempt: Attempt = 0
     finished: tuple[Text, ...] = ()
     parts: dict[str, PartView] = Field(default_factory=dict, max_length=1000)
     ending: Ending | None = None
@@ -177,7 +178,7 @@ class Report(Frozen):
     digest: Digest
     serial: Serial
     state: PartState
-    attempt: int = Field(0, ge=0)
+    attempt: Attempt = 0
     findings: tuple[Finding, ...] = Field((), max_length=200)
     tasks: dict[str, TaskView] = Field(default_factory=dict, max_length=1000)
     trouble: Trouble | None = None

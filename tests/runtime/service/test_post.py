@@ -433,6 +433,19 @@ def test_what_is_refused_is_counted_told_and_changes_nothing(
     assert reasons(told, "word_refused") == [(sender if sender in PARTIES else "?", why)]
 
 
+def test_what_was_waited_for_at_the_broker_is_heard(wire: Wire, open_post: Open) -> None:
+    """A state for a minute, a question for an hour; and clocks are never quite the same."""
+    b = open_post("b")
+    question, skew = Question(question="q", specification={}), int((LARGEST_SKEW - 1) * 1e9)
+    for counter, word, sent in (
+        (1, question, NOW - int(ASKED * 1e9) - skew),
+        (2, news(), NOW - int(STATES * 1e9) - skew),
+        (3, news(), NOW + skew),
+    ):
+        wire.put("a", control_key("b"), frame(word=word, counter=counter, sent=sent))
+        assert b.receive(SOON) == ("a", word)
+
+
 def test_a_word_counts_once(wire: Wire, open_post: Open, told: Told) -> None:
     guard = Guard()
     b = open_post("b", guard=guard)
