@@ -7,6 +7,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
+AT_ONCE ?= 3
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
@@ -48,7 +49,7 @@ test: lint types unit slow  ## everything that CI runs
 
 fast: lint  ## the fast tier: no real model, no coverage
 	@echo "== tests without a real model"
-	@$(BIN)/python -m pytest -m 'not slow'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses $(AT_ONCE)
 
 lint: $(VENV)/.dev
 	@echo "== ruff"
@@ -62,13 +63,13 @@ types: $(VENV)/.dev
 
 unit: $(VENV)/.dev
 	@echo "== tests without a real model"
-	@$(BIN)/python -m pytest -m 'not slow' --cov --cov-report=term --durations=10
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses $(AT_ONCE) --cov --cov-report=term --durations=10
 
 slow: $(VENV)/.dev
 	@echo "== tests with the real model and with processes"
-	@$(BIN)/python -m pytest -m 'slow and not broker' --durations=10
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow and not broker' --numprocesses 2 --dist loadfile --durations=15
 	@echo "== tests with real brokers, several at once: they wait more than they compute"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m broker --numprocesses 3 --dist loadfile --durations=10
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m broker --numprocesses 3 --dist loadfile --durations=25
 
 docs: $(VENV)/.train  ## write the reference part of the manual anew
 	@$(BIN)/python -m fate_llm.cli.manual docs/reference

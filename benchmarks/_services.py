@@ -18,14 +18,26 @@ from typing import Any
 
 from _measure import ROOT
 
-sys.path.insert(0, str(ROOT))  # for `tests`, here and in what is started from here
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+sys.path.insert(0, str(ROOT))  # `tests` is not installed
 
-from tests.brokers import SHARED, LiveFederation, live_federation  # noqa: E402 (it is not installed)
-from tests.runtime import toys  # noqa: E402
-from tests.services import LiveServices, live_services  # noqa: E402
+from tests.brokers import SHARED, LiveFederation, leftovers, live_federation
+from tests.runtime import toys
+from tests.services import LiveServices, live_services
 
-__all__ = ["ARBITER", "GUEST", "HOST", "PARTIES", "Site", "Vitals", "kinds_of_files", "open_site", "rows", "stepper", "vitals"]
+__all__ = [
+    "ARBITER",
+    "GUEST",
+    "HOST",
+    "PARTIES",
+    "Site",
+    "Vitals",
+    "kinds_of_files",
+    "open_site",
+    "queues",
+    "rows",
+    "stepper",
+    "vitals",
+]
 
 GUEST, HOST, ARBITER = PARTIES = ("a", "b", "z")
 POLICY = """\
@@ -68,9 +80,7 @@ def open_site(*, settings: str = "heartbeat: 0.5\nlost_after: 60\n") -> Iterator
         os.environ.update(_LIMITS)
         with (
             live_federation(*PARTIES, topology=SHARED) as live,
-            live_services(
-                live, toys=path, settings=settings, policies=dict.fromkeys(PARTIES, POLICY)
-            ) as services,
+            live_services(live, toys=path, settings=settings, policies=dict.fromkeys(PARTIES, POLICY)) as services,
         ):
             yield Site(live, services, Path(scratch))
 
@@ -78,7 +88,7 @@ def open_site(*, settings: str = "heartbeat: 0.5\nlost_after: 60\n") -> Iterator
 @contextmanager
 def _installed(folder: Path) -> Iterator[str]:
     """The toys as an installed package; PYTHONPATH of whatever is to know them."""
-    before = os.environ["PYTHONPATH"]
+    before = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = path = toys.install(folder / "installed")
     sys.path.insert(0, str(folder / "installed"))
     try:
@@ -140,8 +150,7 @@ def kinds_of_files(state: Path, jobs: Mapping[str, str]) -> Counter[str]:
             name = str(path.relative_to(state))
             for job, word in jobs.items():
                 name = name.replace(job, word)
-            place, _, last = name.rpartition("/")
-            if place.startswith("artifacts"):
+            if name.startswith("artifacts/"):
                 name = "artifacts/..."
             found[name] += 1
     return found
@@ -153,3 +162,8 @@ def rows(state: Path) -> dict[str, int]:
         names = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
         own = [name for name in names if not name.startswith("sqlite_")]
         return {name: database.execute(f'SELECT count(*) FROM "{name}"').fetchone()[0] for name in sorted(own)}
+
+
+def queues(site: Site) -> list[str]:
+    """Names of all queues at the broker."""
+    return [str(name) for name in leftovers(site.live.node(GUEST))["queues"]]

@@ -116,6 +116,14 @@ class LiveParty:
             os.kill(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
+    def start_over(self, seconds: float) -> None:
+        """SIGKILL; start it; let it work for some seconds; and SIGKILL it, and start it, again."""
+        self.kill()
+        self.start()
+        time.sleep(seconds)
+        self.kill()
+        self.start()
+
     def stop(self) -> int:
         """SIGTERM; the exit code."""
         assert self.process is not None

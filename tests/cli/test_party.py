@@ -206,3 +206,21 @@ def test_the_doctor_accepts_three_homes(run: Run, broker: BrokerNode, tmp_path: 
 def member_of(home: Home) -> Membership:
     found = home.federation
     return Membership(home.party, home.identity(), found.identities(), found.digest(), __version__)
+
+
+# --- approvals without a subcommand --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [("--home", "elsewhere"), ("list", "--home", "elsewhere")])
+def test_approvals_without_a_subcommand_takes_the_options_of_list(run: Run, words: tuple[str, ...]) -> None:
+    done = run("party", "approvals", *words, "--json", exit_code=2)
+    assert "elsewhere is no party's home" in only_error(done)["message"]
+
+
+def test_approvals_alone_looks_where_the_environment_says(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FATE_LLM_HOME", "elsewhere")
+    assert "elsewhere is no party's home" in run("party", "approvals", exit_code=2).stderr
+
+
+def test_the_help_of_approvals_is_that_of_the_group(run: Run) -> None:
+    assert "refuse" in run("party", "approvals", "--help").stdout

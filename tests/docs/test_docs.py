@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 import types
@@ -232,32 +233,134 @@ def test_the_component_shown_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert describe_component("counter")["params"][0]["name"] == "protection"
 
 
-def command_lines() -> list[tuple[Path, list[str]]]:
-    """`fate_llm ...` in shell blocks and in backticks."""
+def command_lines(pages: list[Path] = PAGES) -> list[tuple[Path, list[str]]]:
+    """The words after `fate_llm` in shell blocks, in what was typed into a terminal (`$ fate_llm ...`), in backticks."""
     found = []
-    for page in PAGES:
+    for page in pages:
         if page.parent.name == "reference":
             continue
         text = page.read_text(encoding="utf-8")
-        lines = [line for kind, block in BLOCK.findall(text) if kind == "shell" for line in block.splitlines()]
+        lines = [line for kind, block in BLOCK.findall(text) for line in typed(kind, block)]
         lines += re.findall(r"`([^`\n]+)`", BLOCK.sub("", text))
         found += [(page, shlex.split(line, comments=True)[1:]) for line in lines if line.startswith("fate_llm ")]
-    assert len(found) > 5
+    assert found, "no commands found: the test looks at the wrong place"
     return found
 
 
+def typed(kind: str, block: str) -> list[str]:
+    """The commands of a block: all lines of a shell block, those behind a prompt of another. `\\` goes on."""
+    lines = block.replace("\\\n", " ").splitlines()
+    if kind == "shell":
+        return [re.sub(r"^\S+/(?=fate_llm )", "", line) for line in lines]
+    return [match[1] for line in lines if (match := re.match(r"[\w-]*\$ (?:\S+/)?(fate_llm .*)", line))]
+
+
+def resolved(words: list[str]) -> tuple[str, click.Command | None]:
+    """The command of a command line, through its groups; `party approvals` without a subcommand is its `list`."""
+    known, path, rest = all_commands(), f"fate_llm {words[0]}", words[1:]
+    while isinstance(known.get(path), click.Group) and rest and not rest[0].startswith("-"):
+        path, rest = f"{path} {rest[0]}", rest[1:]
+    if path == "fate_llm party approvals" and rest:
+        path += " list"
+    return path, known.get(path)
+
+
 def test_the_commands_shown_exist_with_their_options() -> None:
-    known = all_commands()
     for page, words in command_lines():
-        command, path = known.get(f"fate_llm {words[0]}"), f"fate_llm {words[0]}"
-        if isinstance(command, click.Group) and len(words) > 1:
-            command, path = known.get(f"{path} {words[1]}"), f"{path} {words[1]}"
         if words == ["--help"]:
             continue
+        path, command = resolved(words)
         assert command is not None, f"{shown(page)}: {path}"
         options = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
         given = [word.partition("=")[0] for word in words if word.startswith("-")]
         assert set(given) <= options | {"--help", "-h"}, f"{shown(page)}: {path} {given}"
+
+
+def test_the_search_for_commands_finds_what_is_wrong() -> None:
+    # Given what pages show in their three ways
+    assert typed("shell", ".venv/bin/fate_llm plan x.yaml\nls") == ["fate_llm plan x.yaml", "ls"]
+    assert typed("text", "bank-b$ fate_llm jobs list \\\n  --json\nfate_llm is said\n") == [
+        "fate_llm jobs list    --json"
+    ]
+    # Then a command of two groups is found, and one that is not there is not
+    assert resolved(["party", "approvals", "show", "JOB"])[1] is not None
+    assert resolved(["party", "approvals", "--home", "x"])[0] == "fate_llm party approvals list"
+    assert resolved(["party", "approvals", "shwo", "JOB"])[1] is None
+
+
+def test_the_tutorial_of_three_organisations_uses_what_services_have() -> None:
+    page = DOCS / "tutorial" / "three-organisations.md"
+    used = {resolved(words)[0].removeprefix("fate_llm ") for _, words in command_lines([page])}
+    assert used >= {
+        *("federation dev-broker", "party init", "party card", "federation add", "federation show", "federation grant"),
+        *("party serve", "party health", "doctor", "submit", "party approvals list", "party approvals approve"),
+        *("jobs show", "jobs logs", "jobs dossier", "audit dossier verify", "audit verify", "models export"),
+    }
+
+
+def files_shown(page: Path, name: str) -> list[str]:
+    """The yaml blocks of a page whose first line says that they are the file `name`."""
+    found = [text for kind, text in BLOCK.findall(page.read_text(encoding="utf-8")) if kind == "yaml"]
+    return [text for text in found if text.startswith(f"# {name}\n")]
+
+
+def test_the_policies_and_catalogues_shown_are_valid(tmp_path: Path) -> None:
+    from fate_llm.runtime.trust.catalog import load_catalog
+    from fate_llm.runtime.trust.policy_schema import load_policy
+
+    (tmp_path / "bank_a.jsonl").write_text("{}\n")
+    count = 0
+    for page in PAGES:
+        for name, load in (("policy.yaml", load_policy), ("catalog.yaml", load_catalog)):
+            for text in files_shown(page, name):
+                (tmp_path / name).write_text(text, encoding="utf-8")
+                load(tmp_path / name)
+                count += 1
+    assert count >= 4
+
+
+def test_the_job_of_the_tutorial_is_what_its_policy_accepts(tmp_path: Path) -> None:
+    # Given the files that the tutorial shows, at three banks with keys of their own
+    from fate_llm.runtime.federation import make_federation
+    from fate_llm.runtime.service.words import Estimates
+    from fate_llm.runtime.trust.catalog import load_catalog
+    from fate_llm.runtime.trust.jobspec import make_specification
+    from fate_llm.runtime.trust.policy import evaluate
+    from fate_llm.runtime.trust.policy_schema import load_policy
+    from fate_llm.security.identity import Identity
+    from fate_llm.security.sealed_box import SealingKey
+
+    page = DOCS / "tutorial" / "three-organisations.md"
+    for name in ("policy.yaml", "catalog.yaml"):
+        (text,) = files_shown(page, name)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    (pipeline,) = [text for at, text in blocks("yaml") if at == page and "\nparties:" in text]
+    banks = {party: Identity.generate() for party in ("bank-a", "bank-b", "bank-c")}
+    place = {"host": "mq.example", "port": 5671, "tls": True}
+    parties = {
+        party: {
+            "identity": identity.public.to_text(),
+            "sealing": SealingKey.generate().public.to_text(),
+            "broker": place,
+        }
+        for party, identity in banks.items()
+    }
+    roster = make_federation(
+        {"version": 1, "name": "loans", "vhost": "fate.loans", "topology": "shared", "parties": parties}
+    )
+
+    def judged(text: str) -> tuple[str, set[str]]:
+        spec = Pipeline.from_yaml(text).validate().spec()
+        signed = make_specification(spec, job="lenders-1", federation=roster, created=1.0).sign(banks["bank-a"])
+        policy, catalog = load_policy(tmp_path / "policy.yaml"), load_catalog(tmp_path / "catalog.yaml")
+        known, costs = {"bank-a"}, Estimates(memory_bytes=2_310_000_000)
+        found = evaluate(policy, signed, "bank-b", catalog, 2.0, costs, known=known, pipeline=spec)
+        return found.verdict, {one.rule for one in found.refusals}
+
+    # When bank-b's policy is asked about the job, and about the one with too many rounds
+    # Then the first is accepted, and the second refused by the rule that the tutorial shows
+    assert judged(pipeline) == ("accept", set())
+    assert judged(pipeline.replace("rounds: 2", "rounds: 20")) == ("refuse", {"params.tune.rounds"})
 
 
 def test_the_make_targets_shown_exist() -> None:
@@ -293,7 +396,10 @@ def test_the_extras_of_the_readme_are_those_of_the_package() -> None:
 def test_pages_name_no_machine() -> None:
     wrong = re.compile(r"/(?:work|root|home|tmp|mnt|opt)/|localhost|\b\d{1,3}(?:\.\d{1,3}){3}\b")
     for page in PAGES:
-        found = wrong.search(page.read_text(encoding="utf-8"))
+        text = page.read_text(encoding="utf-8")
+        if page.name == "three-organisations.md":  # whoever follows it types this name; the port is the broker's own
+            text = text.replace("localhost:PORT", "").replace("@localhost", "").replace("`localhost`", "")
+        found = wrong.search(text)
         assert found is None, f"{shown(page)}: {found and found[0]}"
 
 
@@ -329,3 +435,61 @@ def test_every_event_of_the_machines_is_named_in_both_drawings() -> None:
     text = (DOCS / "explanation" / "rounds.md").read_text(encoding="utf-8")
     for phase in (*machine.CoordinatorPhase, *machine.ContributorPhase):
         assert phase.value in text.lower(), phase
+
+
+def table_of(page: Path, heading: str) -> list[list[str]]:
+    """The rows of the first table below a heading, without its first two lines."""
+    rows = re.findall(r"^\|(.*)\|$", section(page.read_text(encoding="utf-8"), heading), re.MULTILINE)[2:]
+    return [[cell.strip() for cell in row.split(" | ")] for row in rows]
+
+
+def test_the_architecture_s_table_of_imports_is_the_one_that_is_held() -> None:
+    from tests.architecture.test_layers import ONLY_IN, THIRD_PARTY
+
+    heading = next(line for line in (DOCS / "architecture.md").read_text().splitlines() if line.startswith("## 3."))
+    rows = {row[0]: row[1] for row in table_of(DOCS / "architecture.md", heading)}
+    also = {"pydantic_core": "pydantic", "yaml": "pyyaml", "dp_accounting": "dp-accounting"}
+    for layer, libraries in THIRD_PARTY.items():
+        if layer:
+            missing = {name for name in libraries if also.get(name, name) not in rows[layer].lower()}
+            assert not missing, f"{layer}: {sorted(missing)}"
+    for library, places in ONLY_IN.items():
+        for place in places:
+            layer, _, inside = place.partition("/")
+            assert library in rows[layer].lower(), f"{library} in {layer}"
+            if inside:  # the place is named in the same cell, after the library
+                assert f"`{inside}" in rows[layer].partition(library)[2], f"{library} only in {place}"
+
+
+def test_the_architecture_names_every_package_and_folder_of_tests() -> None:
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    tree = section(text, "## 2. The tree")
+    for package in (path.parent for path in (ROOT / "fate_llm").glob("*/*/__init__.py")):
+        if package.name not in {"data", "commands", "migrations"}:
+            assert re.search(rf"^ +{package.name}/ ", tree, re.MULTILINE), package
+    kinds = section(text, "## 13. Kinds of tests")
+    named = set(re.findall(r"`tests/(\w+)/`", kinds))
+    packages = {path.parent.name for path in (ROOT / "fate_llm").glob("*/__init__.py")}
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
+    assert folders - packages - {"benchmarks"} <= named <= folders
+
+
+def test_the_numbers_of_crash_recovery_are_the_program_s() -> None:
+    from fate_llm.runtime.service import part
+
+    page = " ".join((DOCS / "explanation" / "crash-recovery.md").read_text(encoding="utf-8").split())
+    first, most = part._BACKOFF
+    assert f"after {first:g} s to {most:g} s" in page
+    fresh = {field.name: field.default for field in dataclasses.fields(part.PartMachine)}
+    assert fresh["restarts_allowed"] == 10 and "dies ten times" in page
+    lost_after = JobSettings().lost_after
+    assert f"`lost_after` ({lost_after / 60:g} minutes" in page
+
+
+def test_every_code_that_an_explanation_names_exists() -> None:
+    codes = {error.code for error in OURS}
+    for name in ("crash-recovery", "parties-as-services"):
+        text = (DOCS / "explanation" / f"{name}.md").read_text(encoding="utf-8")
+        named = set(re.findall(r"`([a-z]+_(?:lost|restarted|refused))`", text))
+        assert named <= codes, named - codes
+    assert "message_lost" in codes

@@ -19,8 +19,8 @@ _COLORS = {"success": "green", "failed": "red", "timed_out": "red", "cancelled":
 def jobs() -> None:
     """The jobs that this party takes part in, as its service knows them.
 
-    Every party may look at its own jobs and cancel them; the guest, who leads a job, may also resume it and run it
-    again.
+    Every party may look at its own jobs, cancel them, and ask for one that has ended without success to be resumed; the
+    guest, who leads a job, may also run it again.
     """
 
 

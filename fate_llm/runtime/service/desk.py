@@ -176,10 +176,10 @@ class Desk:
                 raise PolicyError(f"{self._hall.me} takes no part in the job")
             if sum(case.initiator == sender for case in self._cases.values()) >= _MOST_OPEN:
                 raise PolicyError(f"{_MOST_OPEN} jobs of {sender} have not ended at {self._hall.me}")
-            return self._open(signed, spec)
         except FateError as error:
             self._refuse(sender, news, error)
             return None
+        return self._open(signed, spec)  # what our own disk does not take is no refusal: the invitation comes again
 
     def _refuse(self, sender: str, news: News, error: FateError) -> None:
         now = self._hall.now()

@@ -39,6 +39,8 @@ class Logbook:
             return
         if event == "step":
             self._stepped[case.job] = seconds
+        elif event == "job_ended":
+            self._stepped.pop(case.job, None)
         case.line += 1
         line = Line(number=case.line, seconds=seconds, event=event, task=task, fields=_plain(fields))
         case.fresh.append(line)

@@ -431,6 +431,12 @@ class PartMachine:
         """The job has ended for good here, and nobody waits for a word of it."""
         return self.closed and self.wish != "resume"
 
+    @property
+    def standing(self) -> JobState:
+        """How the job stands as far as is known here: timed out, when a silent lead was given up."""
+        given_up = self.alone and self.end is not None and self.wanted_attempt == self.attempt
+        return JobState.TIMED_OUT if given_up and not self.wanted.ended else self.wanted
+
     def handle(self, event: Event) -> list[Action]:
         """Apply one event. Returns what the driver must do, in order, after it has stored the machine.
 

@@ -49,6 +49,7 @@ from fate_llm.security.sealed_box import SealingKey, SealingPublic
 from ..allowance import Allowance
 from ..doctor_ping import Responder, is_ping_frame, session_name
 from ..federation import Federation, PartySettings
+from ..store.engine import StoreLost
 from .outbox import ASKED, STATES, Letter, Outbox
 from .wording import read_word, write_word
 from .words import Answer, Question, Word
@@ -75,6 +76,7 @@ _REASONS: Final[tuple[tuple[type[PeerViolation], str], ...]] = (
     (BadSeal, "not sealed for our key"),
 )
 _UNKNOWN: Final = "a word that this version does not know"
+_FORGETFUL: Final = "the database is away"
 
 
 class ReplayGuard(Protocol):
@@ -346,7 +348,11 @@ class Post:
             return "too old, or a clock is wrong"
         if age < -LARGEST_SKEW:
             return "out of the future: a clock is wrong"
-        return "" if self._guard.heard(opened.sender, opened.epoch, opened.counter) else "heard before"
+        try:
+            new = self._guard.heard(opened.sender, opened.epoch, opened.counter)
+        except StoreLost:  # a state comes again with its sender's next sign of life
+            return _FORGETFUL
+        return "" if new else "heard before"
 
     # --- going out (the thread of the post) -----------------------------------------------------------------
 

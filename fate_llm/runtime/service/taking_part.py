@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import quote
 
-from fate_llm.core.errors import ConfigurationError, FateError, error_from
+from fate_llm.core.errors import ConfigurationError, FateError, StoreLost, error_from
 from fate_llm.core.values import ArtifactKind
 from fate_llm.protocols.transports.rabbitmq import BrokerAddress
 
@@ -204,6 +204,8 @@ class TakingPart:
                 known=known_initiators(self._hall) if "new_initiator" in policy.manual else (),
                 pipeline=case.spec,
             )
+        except StoreLost:
+            raise  # asked again when the database is back
         except FateError as error:
             self._hall.say(f"{case.job}: cannot be judged: {error.message}")
             text = (

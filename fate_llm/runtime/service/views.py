@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fate_llm.core.errors import JobCancelled
+
 from ..store.rows import ApprovalRow, JobRow
 from .cases import Case
 from .post import Post
-from .words import Line, PartView
+from .words import JobState, Line, PartView, Trouble
 from .workers import Workers
 
 __all__ = ["approval", "job", "lines", "metrics", "summary"]
@@ -16,7 +18,7 @@ __all__ = ["approval", "job", "lines", "metrics", "summary"]
 
 def summary(row: JobRow) -> dict[str, Any]:
     """One line of a list."""
-    state = row.state if row.lead else str(row.machine.get("wanted", row.state))
+    state = row.state if row.lead else _standing(row)
     note = "" if row.trouble is None else row.trouble["message"]
     if not row.lead and row.state in ("approval", "refused"):
         state, note = row.state, note or str(row.machine.get("reason", ""))
@@ -33,18 +35,26 @@ def summary(row: JobRow) -> dict[str, Any]:
     }
 
 
+def _standing(row: JobRow) -> str:
+    """`PartMachine.standing` of a machine as it is stored."""
+    machine = row.machine
+    wanted = str(machine.get("wanted", row.state))
+    given_up = machine.get("alone") and machine.get("end") and machine.get("attempt") == machine.get("wanted_attempt")
+    return JobState.TIMED_OUT.value if given_up and not JobState(wanted).ended else wanted
+
+
 def job(case: Case, row: JobRow) -> dict[str, Any]:
     """All that this party may see of a job."""
     machine = case.part
     own = PartView(state=machine.state, tasks=machine.tasks, trouble=machine.trouble, reason=machine.reason)
     parts = dict(case.parts) if case.lead is None else case.lead.parts
     parts[case.party] = own
-    state = machine.wanted if case.lead is None else case.lead.state
+    state = machine.standing if case.lead is None else case.lead.state
     trouble = row.trouble
     if case.lead is None and case.ending is not None and state.ended:
         trouble = None if case.ending.trouble is None else case.ending.trouble.model_dump(mode="json")
-    elif case.lead is None and trouble is None and (ended := [p.trouble for p in parts.values() if p.trouble]):
-        trouble = ended[0].model_dump(mode="json")
+    elif case.lead is None and (told := _cause(parts, case.party)) is not None:
+        trouble = told.model_dump(mode="json")
     return {
         "job": case.job,
         "name": case.spec.name,
@@ -66,10 +76,18 @@ def job(case: Case, row: JobRow) -> dict[str, Any]:
     }
 
 
+def _cause(parts: Mapping[str, PartView], party: str) -> Trouble | None:
+    """What went wrong as far as a party knows: its own trouble first, but what stopped others before being stopped."""
+    own = [parts[party], *(parts[other] for other in parts if other != party)]
+    told = [part.trouble for part in own if part.trouble is not None]
+    return min(told, key=lambda trouble: trouble.code == JobCancelled.code, default=None)
+
+
 def lines(case: Case, found: Sequence[tuple[int, str, Line]], after: int) -> dict[str, Any]:
-    """Lines and where to go on. ended: no more will come."""
-    state = case.part.wanted if case.lead is None else case.lead.state
+    """Lines and where to go on. ended: no more will come, or only when a lead that was given up comes back."""
+    state = case.part.standing if case.lead is None else case.lead.state
     over = case.part.over if case.lead is None else case.lead.final
+    over = over or (case.lead is None and state is not case.part.wanted)  # a lead that was given up
     shown = [{"id": number, "party": party, **line.model_dump(mode="json")} for number, party, line in found]
     return {"lines": shown, "next": found[-1][0] if found else after, "state": state.value, "ended": over}
 

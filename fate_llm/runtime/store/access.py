@@ -5,12 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import fields
+from functools import cache
 from typing import Any
 
 from sqlalchemy import Connection, Table
 from sqlalchemy.dialects import postgresql, sqlite
 
-__all__ = ["Access", "insert", "replace"]
+from .rows import ApprovalRow, JobRow, ModelRow, TaskRow
+
+__all__ = ["Access", "insert", "replace", "values_of"]
 
 
 class Access(ABC):
@@ -27,14 +31,27 @@ class Access(ABC):
 
 def insert(connection: Connection, table: Table) -> sqlite.Insert | postgresql.Insert:
     """An INSERT that can say what to do when the row is there: `ON CONFLICT` is the same in both databases."""
-    if connection.dialect.name == "postgresql":
-        return postgresql.insert(table)
-    return sqlite.insert(table)
+    return _insert(connection.dialect.name, table)
+
+
+def _insert(dialect: str, table: Table) -> sqlite.Insert | postgresql.Insert:
+    return postgresql.insert(table) if dialect == "postgresql" else sqlite.insert(table)
+
+
+def values_of(row: JobRow | TaskRow | ApprovalRow | ModelRow) -> dict[str, Any]:
+    """A row's values by column. They are written at once, so that nothing is copied, as `dataclasses.asdict` would."""
+    return {field.name: getattr(row, field.name) for field in fields(row)}
 
 
 def replace(connection: Connection, table: Table, values: Mapping[str, Any]) -> None:
     """Insert a row, or replace all columns of the one with the same primary key."""
+    connection.execute(_replacing(connection.dialect.name, table, tuple(values)), dict(values))
+
+
+@cache
+def _replacing(dialect: str, table: Table, names: tuple[str, ...]) -> sqlite.Insert | postgresql.Insert:
+    """The statement for rows with these columns: made once, it is executed with every change of every job."""
     keys = [column.name for column in table.primary_key]
-    statement = insert(connection, table).values(**values)
-    rest = {name: value for name, value in values.items() if name not in keys}
-    connection.execute(statement.on_conflict_do_update(index_elements=keys, set_=rest))
+    statement = _insert(dialect, table)
+    rest = {name: statement.excluded[name] for name in names if name not in keys}
+    return statement.on_conflict_do_update(index_elements=keys, set_=rest)

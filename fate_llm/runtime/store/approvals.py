@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any, Literal
 
 from sqlalchemy import Connection, Row, select, update
@@ -11,7 +10,7 @@ from fate_llm.core.errors import WrongState
 from fate_llm.core.names import nearest
 
 from . import schema
-from .access import Access, replace
+from .access import Access, replace, values_of
 from .rows import ApprovalRow
 
 __all__ = ["Approvals"]
@@ -33,7 +32,7 @@ class Approvals(Access):
                 asked = min(found.asked, row.asked)
             elif found is not None and row.asked <= found.decided:
                 return
-            values = asdict(row)
+            values = values_of(row)
             del values["by"]
             open_again = {"asked": asked, "decided": None, "decision": None, "decided_by": "", "reason": ""}
             replace(connection, table, {**values, **open_again})

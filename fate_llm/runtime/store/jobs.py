@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import asdict
 from typing import Any
 
 from sqlalchemy import Row, Select, delete, false, func, select
@@ -12,7 +11,7 @@ from sqlalchemy import Row, Select, delete, false, func, select
 from fate_llm.core.errors import UnknownJob, WrongState
 
 from . import schema
-from .access import Access, replace
+from .access import Access, replace, values_of
 from .rows import JobRow, TaskRow
 
 __all__ = ["Jobs"]
@@ -26,7 +25,7 @@ class Jobs(Access):
     def save_job(self, row: JobRow) -> None:
         """Insert a job, or replace the row of the same job and `lead`."""
         with self._begin(write=True) as connection:
-            replace(connection, schema.jobs, asdict(row))
+            replace(connection, schema.jobs, values_of(row))
 
     def job(self, job: str, *, lead: bool = False) -> JobRow | None:
         """This party's part of a job, or the machine that leads it; None when there is none."""
@@ -42,8 +41,13 @@ class Jobs(Access):
         limit: int = 100,
         before: float | None = None,
         lead: bool | None = None,
+        initiator: str | None = None,
+        offset: int = 0,
     ) -> list[JobRow]:
-        """Newest first by `created`. before: only those created before it. lead: None is both kinds of rows."""
+        """Newest first by `created`. before: only those created before it. lead: None is both kinds of rows.
+
+        initiator: only jobs of this party. offset: so many of them are left out.
+        """
         table = schema.jobs
         query = select(table).order_by(table.c.created.desc(), table.c.job.desc(), table.c.lead.desc())
         if states is not None:
@@ -52,7 +56,15 @@ class Jobs(Access):
             query = query.where(table.c.created < before)
         if lead is not None:
             query = query.where(table.c.lead == lead)
-        return self._all_jobs(query.limit(limit))
+        if initiator is not None:
+            query = query.where(table.c.initiator == initiator)
+        return self._all_jobs(query.limit(limit).offset(offset))
+
+    def initiators(self) -> list[str]:
+        """Whose jobs there are, in the order of their names."""
+        column = schema.jobs.c.initiator
+        with self._begin(write=False) as connection:
+            return list(connection.scalars(select(column).distinct().order_by(column)))
 
     def unfinished_jobs(self) -> list[JobRow]:
         """All that have not ended, oldest first: what a service goes on with when it starts."""
@@ -83,7 +95,7 @@ class Jobs(Access):
     def save_task(self, row: TaskRow) -> None:
         """Insert a task, or replace what is known of it from an earlier attempt."""
         with self._begin(write=True) as connection:
-            replace(connection, schema.tasks, asdict(row))
+            replace(connection, schema.tasks, values_of(row))
 
     def tasks(self, job: str) -> list[TaskRow]:
         """The tasks of a job at this party, in the order they were started; those not started last."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from sqlalchemy import func, select
 
 from . import schema
-from .access import Access, insert
+from .access import Access, insert, values_of
 from .rows import ModelRow
 
 __all__ = ["Models"]
@@ -28,7 +27,7 @@ class Models(Access):
                 last = connection.scalar(select(func.max(table.c.version)).where(table.c.name == name)) or 0
                 row = ModelRow(name, last + 1, digest, job, task, created, content)
                 # On a server another process may have taken the version since: then we look again.
-                statement = insert(connection, table).values(**asdict(row)).on_conflict_do_nothing()
+                statement = insert(connection, table).values(**values_of(row)).on_conflict_do_nothing()
                 if connection.execute(statement.returning(table.c.version)).first() is not None:
                     return row
 

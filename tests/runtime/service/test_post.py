@@ -31,6 +31,7 @@ from fate_llm.runtime.service.outbox import ASKED, STATES
 from fate_llm.runtime.service.post import LARGEST_SKEW, Post
 from fate_llm.runtime.service.wording import write_word
 from fate_llm.runtime.service.words import JobState, Lines, News, PartState, Question, Report, Word
+from fate_llm.runtime.store.engine import StoreLost
 from fate_llm.security.identity import Identity
 from fate_llm.security.sealed_box import SealingKey
 
@@ -527,6 +528,27 @@ def test_a_store_that_fails_is_not_hidden_and_the_word_not_acknowledged(wire: Wi
     with pytest.raises(OSError, match="disk full"):
         b.receive(SOON)
     assert wire.ends[0].acked == []
+
+
+def test_a_database_that_is_away_costs_the_word_and_nothing_else(wire: Wire, open_post: Open, told: Told) -> None:
+    class Away(Guard):
+        away = True
+
+        def heard(self, sender: str, epoch: int, counter: int) -> bool:
+            if self.away:
+                raise StoreLost("the server is away")
+            return super().heard(sender, epoch, counter)
+
+    guard = Away()
+    b = open_post("b", guard=guard)
+    wire.put("a", control_key("b"), frame())
+    assert b.receive(0.0) is None
+    assert len(wire.ends[0].acked) == 1, "a state comes again with its sender's next word"
+    guard.away = False
+    wire.put("a", control_key("b"), frame(counter=2))
+    assert b.receive(SOON) == ("a", news())
+    assert b.counts == {"the database is away": 1, "received": 1}
+    assert reasons(told, "word_refused") == [("a", "the database is away")]
 
 
 # --- doctors ----------------------------------------------------------------------------------------------------------
