@@ -112,12 +112,16 @@ def stepper(rounds: int, *, size: int = 1000, pause: float = 0.0) -> dict[str, A
 
 @dataclass(frozen=True, slots=True)
 class Vitals:
-    """Of one process. rss_kib: resident memory. descriptors: open ones. children: of its threads, zombies included."""
+    """Of one process. rss_kib: resident memory. descriptors: open ones. children: of its threads, zombies included.
+
+    cpu_seconds: that it has used, in user mode and in the kernel, without its children.
+    """
 
     rss_kib: int
     descriptors: int
     threads: int
     children: int
+    cpu_seconds: float
 
 
 def vitals(pid: int) -> Vitals:
@@ -131,9 +135,11 @@ def vitals(pid: int) -> Vitals:
         status = dict(line.split(":", 1) for line in (place / "status").read_text().splitlines())
         children = [pid for task in (place / "task").iterdir() for pid in (task / "children").read_text().split()]
         descriptors = len(list((place / "fd").iterdir()))
+        times = (place / "stat").read_text().rpartition(")")[2].split()[11:13]
     except FileNotFoundError:
         raise SystemExit(f"the service with process id {pid} has ended; its log says why") from None
-    return Vitals(int(status["VmRSS"].split()[0]), descriptors, int(status["Threads"]), len(children))
+    cpu = sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+    return Vitals(int(status["VmRSS"].split()[0]), descriptors, int(status["Threads"]), len(children), cpu)
 
 
 # --- what a party keeps ------------------------------------------------------------------------------------------

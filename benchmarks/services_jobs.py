@@ -192,17 +192,23 @@ def _settled(site: Site) -> dict[str, int]:
 
 
 def growth(samples: Sequence[Mapping[str, Any]], party: str) -> dict[str, float]:
-    """Of one service over the later half of the jobs, when its pools are full: KiB of memory a job by least squares,
-    and descriptors and threads that the last sample has more than the first of all.
+    """Of one service. By least squares over the later half of the jobs, when its pools are full: KiB of memory and
+    seconds of CPU time a job. Descriptors and threads: how many the last sample has more than the first of all.
     """
     later = samples[len(samples) // 2 :]
-    x = [sample["jobs"] for sample in later]
-    y = [sample[party]["rss_kib"] for sample in later]
+    jobs = [sample["jobs"] for sample in later]
+    slopes = {
+        f"{key}_a_job": slope(jobs, [sample[party][key] for sample in later]) for key in ("rss_kib", "cpu_seconds")
+    }
+    more = {key: samples[-1][party][key] - samples[0][party][key] for key in ("descriptors", "threads")}
+    return {**slopes, **more}
+
+
+def slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """Of the straight line with the least squares; 0 when all points have the same `x`."""
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     spread = sum((one - mean_x) ** 2 for one in x)
-    slope = sum((one - mean_x) * (other - mean_y) for one, other in zip(x, y, strict=True)) / spread if spread else 0.0
-    more = {key: samples[-1][party][key] - samples[0][party][key] for key in ("descriptors", "threads")}
-    return {"rss_kib_a_job": slope, **more}
+    return sum((one - mean_x) * (other - mean_y) for one, other in zip(x, y, strict=True)) / spread if spread else 0.0
 
 
 def _files(site: Site, party: str, jobs: Sequence[str]) -> dict[str, Any]:
@@ -254,6 +260,8 @@ def _print(details: Mapping[str, Any]) -> None:
         sample = details["samples"][at]
         for party in PARTIES:
             print(f"after {sample['jobs']} jobs, {party}: " + ", ".join(f"{k} {v}" for k, v in sample[party].items()))
+    for party, grown in details["growth"].items():
+        print(f"{party} grows: " + ", ".join(f"{name} {value:.3g}" for name, value in grown.items()))
     for party, found in details["files_of_a_job"].items():
         print(f"{party}: {sum(found['kinds'].values()):g} files a job, unexpected: {found['unexpected'] or 'none'}")
         print(f"{party}: rows " + ", ".join(f"{name} {number}" for name, number in details["rows"][party].items()))

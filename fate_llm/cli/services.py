@@ -95,7 +95,12 @@ def show_job(found: Mapping[str, Any]) -> None:
     for party, part in found["parts"].items():
         state = click.style(f"{part['state']:<10}", fg=_STATES.get(part["state"]))
         click.echo(f"  {party:<14} {state} {_tasks(part['tasks'])} {plain(part.get('reason') or '')}".rstrip())
-    show_findings(found.get("findings", []))
+    findings = found.get("findings", [])
+    show_findings([finding for finding in findings if finding["outcome"] != "pass"])
+    if passed := sum(finding["outcome"] == "pass" for finding in findings):
+        click.echo(f"    {passed} rule{'s' * (passed > 1)} of our policy pass{'es' * (passed == 1)}")
+    if found["state"] == "success" and found.get("over"):
+        click.echo(f"  next: fate_llm models list; fate_llm jobs dossier {found['job']} OUT")
 
 
 def _tasks(tasks: Mapping[str, Any]) -> str:

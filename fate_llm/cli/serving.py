@@ -51,7 +51,8 @@ def health(home: Path, as_json: bool) -> None:
     if as_json:
         print_json(found)
     else:
-        click.echo(f"{found['status']}" + "".join(f"\n  {reason}" for reason in found.get("reasons", [])))
+        notes = [*found.get("reasons", []), *found.get("warnings", [])]
+        click.echo(f"{found['status']}" + "".join(f"\n  {note}" for note in notes))
     sys.exit(0 if found["status"] == "ok" else 1)
 
 
@@ -67,7 +68,7 @@ class _ListFirst(click.Group):
 
 @click.group("approvals", cls=_ListFirst)
 def approvals() -> None:
-    """Jobs of partners that wait for a person of this party: list (without a subcommand, too), show, approve, refuse."""
+    """Jobs of partners that wait for a person of this party: list (without a subcommand too), show, approve, refuse."""
 
 
 @approvals.command("list")

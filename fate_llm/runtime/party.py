@@ -16,7 +16,6 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from fate_llm.core import plugins
@@ -35,7 +34,7 @@ _NOTES = "finished.json"
 class InputRef:
     """Where an input comes from: an output of an earlier task of this party, or a folder on its disk.
 
-    path: as the pipeline names it; relative ones start at the pipeline's folder, `catalog:NAME` is a name of the party's.
+    path: as the pipeline names it; relative ones start at the pipeline's folder, `catalog:NAME` is the party's own name.
     """
 
     task: str = ""

@@ -52,6 +52,7 @@ __all__ = ["main", "work"]
 Say = Callable[[Mapping[str, Any]], None]
 _MILESTONES = frozenset({"task_started", "round_state", "round_closed", "task_finished"})
 _PATIENT = {"meet": 900.0, "silence": 900.0, "linger": 300.0}  # the service says sooner who is lost, and who has left
+_OUTAGE = 300.0  # seconds without a broker after which a job gives up, where its order does not say
 _LAST_MAIL = 10.0  # seconds in which what a party that has left had sent may still be on its way
 _LAST_WORDS = 10.0  # seconds without progress in which the others may take our error
 _PREDECESSOR = 30.0  # seconds in which a process that was killed lets go of its folder
@@ -191,6 +192,7 @@ def _connect(
         party=party,
         members=tuple(roster),
         job=f"{job}/{attempt}",
+        outage=float(order.get("outage", _OUTAGE)),
         observer=observer,
     )
     gone: list[tuple[str, str, str]] = []

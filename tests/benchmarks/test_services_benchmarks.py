@@ -123,7 +123,7 @@ def test_what_is_added_is_the_difference_of_medians(load: Callable[[str], Module
 
 
 def sample(jobs: int, rss: int, *, descriptors: int = 18, threads: int = 9) -> dict[str, Any]:
-    one = {"rss_kib": rss, "descriptors": descriptors, "threads": threads, "children": 0}
+    one = {"rss_kib": rss, "descriptors": descriptors, "threads": threads, "children": 0, "cpu_seconds": jobs / 4}
     return {"jobs": jobs, "a": one}
 
 
@@ -133,6 +133,7 @@ def test_growth_is_that_of_the_later_half(load: Callable[[str], ModuleType]) -> 
     last = [sample(n, 50_000 + 50 * n) for n in range(11, 21)]
     growth = load("services_jobs").growth
     assert growth([*first, *last], "a")["rss_kib_a_job"] == pytest.approx(50.0)
+    assert growth([*first, *last], "a")["cpu_seconds_a_job"] == pytest.approx(0.25)
     still = [sample(n, 50_000) for n in range(11, 21)]
     assert growth([*first, *still], "a")["rss_kib_a_job"] == pytest.approx(0.0)
 
@@ -219,6 +220,7 @@ def test_vitals_of_a_process_count_what_it_opens_and_starts(load: Callable[[str]
     assert during.descriptors == before.descriptors + 1
     assert during.children == before.children + 1
     assert during.rss_kib > 1000
+    assert during.cpu_seconds >= before.cpu_seconds > 0
     with pytest.raises(SystemExit, match=f"{child.pid} has ended"):
         services.vitals(child.pid)
 

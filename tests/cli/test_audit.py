@@ -66,7 +66,7 @@ def test_show_says_one_sentence_for_each_line(run: Run, home: Path) -> None:
     assert len(lines) == 5
     assert "the log of a begins, key ed25519:" in lines[0]
     assert "2023-11-14T22:13:20.500Z  decision" in lines[1]
-    assert "job job-1: the policy says refuse (2 rules; not passed: data)" in lines[1]
+    assert "job job-1: the policy says refuse; not passed: data" in lines[1]
     assert (
         "round.term left for z: job job-2, task train, round 1; 1000 bytes, 1 tensors of float32, 6 values; "
         "protection: plain" in lines[2]

@@ -234,7 +234,7 @@ def test_the_component_shown_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def command_lines(pages: list[Path] = PAGES) -> list[tuple[Path, list[str]]]:
-    """The words after `fate_llm` in shell blocks, in what was typed into a terminal (`$ fate_llm ...`), in backticks."""
+    """The words after `fate_llm`: in shell blocks, behind the prompt of a terminal (`$ fate_llm ...`), in backticks."""
     found = []
     for page in pages:
         if page.parent.name == "reference":

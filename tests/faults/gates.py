@@ -40,6 +40,10 @@ def _message(_: tuple[Any, ...], settings: dict[str, Any]) -> str:
     return f"{settings['kind']}/{settings.get('round', 0)}"
 
 
+def _event(args: tuple[Any, ...], settings: dict[str, Any]) -> str:
+    return f"{args[1]}/{settings.get('step', '')}"
+
+
 def _action(args: tuple[Any, ...], _: dict[str, Any]) -> str:
     return type(args[2]).__name__
 
@@ -52,6 +56,7 @@ def _chunk(_: tuple[Any, ...], __: dict[str, Any]) -> str:
 WORKER: dict[str, tuple[str, str, str, Label | None]] = {
     "agree": (f"{_LINK}.link", "SecureLink", "_agree", None),
     "work": ("fate_llm.runtime.context", "TaskContext", "turn", None),
+    "emit": ("fate_llm.runtime.context", "TaskContext", "emit", _event),
     "send": ("fate_llm.protocols.channel", "JobChannel", "send", _message),
     "seal": (f"{_LINK}.peer", "Peer", "seal", _chunk),
     "collect": (_ROUNDS, "CoordinatorDriver", "_collect", _number),

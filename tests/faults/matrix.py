@@ -13,7 +13,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,12 @@ STAGES: dict[str, Hold] = {
     "key exchange": Hold("b", "worker", "agree", "the host's worker has heard one party's keys", "1", "after"),
     "local training": Hold("b", "worker", "work", "the host's worker trains round 2", "2"),
     "upload": Hold("b", "worker", "seal", "half of the host's update of round 2 has left", "round.term/2/2"),
-    "aggregation": Hold("z", "worker", "collect", "the arbiter's worker has summed round 2, nothing is kept", "2", "after"),
-    "publication": Hold("z", "worker", "send", "the guest has been told round 2, the host has not", "round.state/2", "after"),
+    "aggregation": Hold(
+        "z", "worker", "collect", "the arbiter's worker has summed round 2, nothing is kept", "2", "after"
+    ),
+    "publication": Hold(
+        "z", "worker", "send", "the guest has been told round 2, the host has not", "round.state/2", "after"
+    ),
     "finishing": Hold("b", "worker", "done", "the host's worker has its outputs, and has told nobody"),
 }
 """Where the job stands when the victim is killed, unless `OWN` says something else for it."""
@@ -69,9 +73,13 @@ OWN: dict[tuple[str, str], Hold] = {
     ("guest worker", "key exchange"): Hold("a", "worker", "agree", "it has heard one party's keys", "1", "after"),
     ("guest worker", "local training"): Hold("a", "worker", "work", "it trains round 2", "2"),
     ("guest worker", "upload"): Hold("a", "worker", "seal", "half of its update of round 2 has left", "round.term/2/2"),
-    ("guest worker", "publication"): Hold("a", "worker", "commit", "it has the state of round 2, and has not kept it", "2"),
+    ("guest worker", "publication"): Hold(
+        "a", "worker", "commit", "it has the state of round 2, and has not kept it", "2"
+    ),
     ("guest worker", "finishing"): Hold("a", "worker", "done", "it has its outputs, and has told nobody"),
-    ("host worker", "publication"): Hold("b", "worker", "commit", "it has the state of round 2, and has not kept it", "2"),
+    ("host worker", "publication"): Hold(
+        "b", "worker", "commit", "it has the state of round 2, and has not kept it", "2"
+    ),
     ("arbiter worker", "key exchange"): Hold("z", "worker", "agree", "it has heard one party's keys", "1", "after"),
     ("arbiter worker", "finishing"): Hold("z", "worker", "close", "it has noted its end, and said it to nobody"),
 }
@@ -92,12 +100,15 @@ VICTIMS: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Cell:
+    """at: where a process is stopped, instead of the place of the toy's cell."""
+
     victim: str
     stage: str
+    at: Hold | None = None
 
     @property
     def hold(self) -> Hold:
-        return OWN.get((self.victim, self.stage), STAGES[self.stage])
+        return self.at or OWN.get((self.victim, self.stage), STAGES[self.stage])
 
     @property
     def restarts(self) -> dict[str, int]:
@@ -193,9 +204,12 @@ class Matrix:
 
     # --- one cell ---
 
-    def run(self, cell: Cell) -> dict[str, dict[str, Any]]:
-        """A job in which the victim dies at the stage; the views of all parties at the end, which have been checked."""
-        pipeline = toy_job()
+    def run(self, cell: Cell, pipeline: Mapping[str, Any] | None = None, **end: Any) -> dict[str, dict[str, Any]]:
+        """A job in which the victim dies at the stage; the views of all parties at the end, which have been checked.
+
+        pipeline: instead of the toy's. end: for `succeeded`.
+        """
+        pipeline = pipeline or toy_job()
         self.doors.shut(cell.hold)
         job = self.submit(pipeline, wait=cell.hold.spot != "lead")
         self.doors.reached(cell.hold)
@@ -203,7 +217,7 @@ class Matrix:
         self.doors.open(cell.hold)
         if not job:
             job = self._found(pipeline)
-        views = self.succeeded(job, pipeline)
+        views = self.succeeded(job, pipeline, **end)
         assert {party: view["restarts"] for party, view in views.items()} == cell.restarts, "workers started again"
         return views
 
@@ -276,16 +290,26 @@ class Matrix:
 
     # --- the end ---
 
-    def succeeded(self, job: str, pipeline: Mapping[str, Any], *, models: Collection[str] = ("a", "b")) -> Any:
-        """Wait for the end, and check all that must be true of it, but for the number of restarts."""
+    def succeeded(
+        self,
+        job: str,
+        pipeline: Mapping[str, Any],
+        *,
+        model: tuple[str, str] = ("steps", "model"),
+        want: bytes | None = None,
+    ) -> dict[str, dict[str, Any]]:
+        """Wait for the end, and check all that must be true of it, but for the number of restarts.
+
+        model: task and file of the model that both contributors have. want: its bytes; what the toy makes by default.
+        """
         views = self.services.ended_everywhere(job)
         for party, view in views.items():
             assert (view["state"], view["attempt"]) == ("success", 1), (party, view)
             shown = {name: part["state"] for name, part in view["parts"].items()}
             assert shown[party] == "success" and (party != "a" or shown == dict.fromkeys(views, "success")), shown
-        made = {party: self.services.output(job, party, "steps", "model") for party in models}
-        want = self.wanted(pipeline)
-        assert {party: found == want for party, found in made.items()} == dict.fromkeys(models, True), "the same bits"
+        want = self.wanted(pipeline) if want is None else want
+        same = {party: self.services.output(job, party, *model) == want for party in ("a", "b")}
+        assert same == {"a": True, "b": True}, "the bits of an undisturbed run"
         for party in views:
             self.check_dossier(job, party)
             self.check_nothing_left(job, party)
@@ -339,9 +363,7 @@ class Matrix:
 
 
 @contextlib.contextmanager
-def open_matrix(
-    folder: Path, *parties: str, more: Mapping[str, str] | None = None, **options: Any
-) -> Iterator[Matrix]:
+def open_matrix(folder: Path, *parties: str, more: Mapping[str, str] | None = None, **options: Any) -> Iterator[Matrix]:
     """A federation of real services with one broker, whose processes stop at gates.
 
     more: lines of party.yaml, by party. options: of `live_services`.
@@ -373,3 +395,7 @@ def open_matrix(
                 yield matrix
     finally:
         patches.undo()
+
+
+if __name__ == "__main__":
+    print(table())

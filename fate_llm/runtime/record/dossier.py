@@ -41,6 +41,7 @@ __all__ = ["Contribution", "DossierFault", "Report", "compose", "load", "pins_of
 
 MAX_DOSSIER: Final = 64 * 1024 * 1024  # bytes of the file
 _SUCCESS: Final = "success"
+_FAREWELL: Final = "control."  # kinds of messages by which a party leaves; who has left before does not hear them
 _HINT: Final = "A dossier is the JSON that the guest's service wrote at the end of a job; ask for it again."
 
 _Key = tuple[str, str, int, str, str]  # task, kind, round, sender, receiver
@@ -296,10 +297,10 @@ class _Verifier:
         for key, said in self._sent.items():
             if key[4] not in self._agreed.members:
                 self._fault("stranger", f"{key[3]} sent to {key[4]!r}, who is no party of the job", party=key[3])
-            elif key[4] in self._statements:
+            elif key[4] in self._statements and not key[1].startswith(_FAREWELL):
                 late[key[3], key[4]] += max(0, said.count - self._received.get(key, _Said()).count)
         self._remarks += [
-            f"{count} messages of {sender} are not among what {receiver} received: they came too late, or twice"
+            f"{count} message{'s' * (count > 1)} of {sender} not among what {receiver} received: too late, or twice"
             for (sender, receiver), count in late.items()
             if count
         ]

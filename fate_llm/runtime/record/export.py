@@ -146,7 +146,7 @@ def _decision(fields: Mapping[str, Any]) -> str:
     rules = [f for f in findings if isinstance(f, dict)] if isinstance(findings, list | tuple) else []
     against = ", ".join(_value(rule, "rule") for rule in rules if rule.get("outcome") != "pass")
     rest = f"; not passed: {against}" if against else ""
-    return f"job {_value(fields, 'job')}: the policy says {_value(fields, 'verdict')} ({len(rules)} rules{rest})"
+    return f"job {_value(fields, 'job')}: the policy says {_value(fields, 'verdict')}{rest}"
 
 
 def _any(fields: Mapping[str, Any]) -> str:

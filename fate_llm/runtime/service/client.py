@@ -43,7 +43,7 @@ class ServiceClient:
         running = found.state / "service.json"
         try:
             port, host = (json.loads(running.read_text())[key] for key in ("port", "host"))
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             raise ServiceLost(f"no service runs for {home}: {running} is not there") from None
         shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
         return cls(f"http://{f'[{shown}]' if ':' in shown else shown}:{port}", found.settings.load_token() or "")

@@ -66,6 +66,7 @@ class Desk:
         self._unsure: dict[str, float] = {}
         self._housekeeping = Housekeeping(hall)
         self._looked = 0.0
+        self._away: float | None = None  # since when there is no broker
 
     # --- the engine ---
 
@@ -103,6 +104,7 @@ class Desk:
             self._looked = now
             self._renew_roster()
             self._housekeeping.tick(now)
+        self._away = None if self._hall.post.connected else self._away or now
         for case in tuple(self._cases.values()):
             self._later.append(partial(self._tick, case, now))
 
@@ -113,9 +115,10 @@ class Desk:
         if case.unsure:
             self._again(case, now)
             return
-        self._taking.tick(case, now)
-        if case.lead is not None:
-            self._leading.handle(case, lead.Tick(now))
+        if self._away is None or now - self._away >= case.part.lost_after:  # without a broker nobody's silence counts
+            self._taking.tick(case, now)
+            if case.lead is not None:
+                self._leading.handle(case, lead.Tick(now))
         self._lines.tick(case, now)
         if case.over:
             del self._cases[case.job]

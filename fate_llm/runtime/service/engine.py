@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as Late
 from typing import Any, TypeVar
 
-from fate_llm.core.errors import FateError, InternalError, ServiceLost
+from fate_llm.core.errors import ConfigurationError, FateError, InternalError, ServiceLost
 
 from ..trust.home import Home
 from .desk import Desk
@@ -53,6 +53,8 @@ class Engine:
 
     def start(self) -> None:
         """Take up all jobs that had not ended, and begin to listen."""
+        for warning in self._warnings():
+            self._say(warning)
         self._queue.put(self._desk.load)
         for thread in self._threads:
             thread.start()
@@ -182,12 +184,23 @@ class Engine:
         if self.failed is not None or not self._threads[0].is_alive():
             reasons.append("the engine has stopped")
         if not self._hall.post.connected:
-            reasons.append("no connection to the broker")
+            reasons.append(self._hall.post.away)
         try:
             self._ask(self._desk.look)
         except FateError as error:
             reasons.append(f"the database: {error.message}")
-        return {"status": "failed" if reasons else "ok", "party": self._hall.me, "reasons": reasons}
+        status = "failed" if reasons else "ok"
+        return {"status": status, "party": self._hall.me, "reasons": reasons, "warnings": self._warnings()}
+
+    def _warnings(self) -> list[str]:
+        """What does not stop the service, and makes it refuse every job."""
+        found = []
+        for name, read in (("policy", self._hall.policy), ("catalogue", self._hall.catalog)):
+            try:
+                read()
+            except ConfigurationError as error:
+                found.append(f"every job is refused: its {name} is not whole: {error.message}")
+        return found
 
     def metrics(self) -> str:
         return self._ask(self._desk.metrics)

@@ -106,11 +106,14 @@ class Logbook:
         """The stored lines after `number`, before those that have come since the start."""
         first = case.shown[0].number if case.shown else case.line + 1
         shown: deque[Line] = deque(maxlen=case.shown.maxlen)
-        after = 0
-        while page := self._hall.store.lines(case.job, after=after, party=self._hall.me, limit=_PAGE):
+        page = self._hall.store.lines(case.job, party=self._hall.me, limit=_PAGE)
+        while page:
             visible = [self._visible(line) for _, _, line in page if number < line.number < first]
             shown.extend(line for line in visible if line is not None)
-            after = page[-1][0]
+            whole = len(page) == _PAGE
+            page = (
+                self._hall.store.lines(case.job, after=page[-1][0], party=self._hall.me, limit=_PAGE) if whole else []
+            )
         shown.extend(case.shown)
         case.shown = shown
 

@@ -54,6 +54,7 @@ def worker_order(
         "roster": {name: member.identity for name, member in members.items()},
         "finished": {task: dict(outputs) for task, outputs in finished.items()},
         "timing": {"meet": silence, "silence": silence},
+        "outage": silence,
         "durable": True,
         "orphan": "exit",
         "catalog": dict(catalog),

@@ -37,6 +37,7 @@ from fate_llm.core.errors import (
     FederationError,
     InternalError,
     PeerViolation,
+    StoreLost,
     TransportClosed,
 )
 from fate_llm.core.interfaces import Delivery
@@ -49,7 +50,6 @@ from fate_llm.security.sealed_box import SealingKey, SealingPublic
 from ..allowance import Allowance
 from ..doctor_ping import Responder, is_ping_frame, session_name
 from ..federation import Federation, PartySettings
-from ..store.engine import StoreLost
 from .outbox import ASKED, STATES, Letter, Outbox
 from .wording import read_word, write_word
 from .words import Answer, Question, Word

@@ -195,7 +195,7 @@ def test_what_was_sent_and_never_received_is_a_remark() -> None:
     report = verify(job.dossier(), ROSTER)
     assert report.faults == ()
     assert len(report.remarks) == 1
-    assert report.remarks[0].startswith("1 messages of z are not among what c received")
+    assert report.remarks[0].startswith("1 message of z not among what c received")
 
 
 def test_what_was_sent_again_with_other_bits_is_no_fault() -> None:
