@@ -23,6 +23,7 @@ from _services import ARBITER, GUEST, PARTIES, Site, Vitals, kinds_of_files, ope
 from fate_llm.pipelines import check
 from fate_llm.runtime.service.client import ServiceClient
 from fate_llm.runtime.submit import over_broker, prepare
+from fate_llm.security.randomness import random_id
 
 ADDED_LIMIT = 1.0  # seconds a job
 GROWTH_LIMIT = 100.0  # KiB of resident memory a job
@@ -112,7 +113,7 @@ def _served(site: Site) -> dict[str, Any]:
     client = ServiceClient.of_home(site.services[GUEST].home)
     try:
         begun = time.time()  # the clock of the events
-        job = client.submit(stepper(ROUNDS))["job"]
+        job = client.submit(stepper(ROUNDS), key=random_id(16))["job"]  # as `fate_llm submit` does
         lines = [line for _, more in client.follow(job) for line in more]
         ended = time.time()
         if (state := client.job(job)["state"]) != "success":

@@ -316,10 +316,8 @@ class Desk:
     ) -> dict[str, Any]:
         """A new job of this party's."""
         unique = random_id(4) if key is None else hashlib.sha256(key.encode("ascii")).hexdigest()[:12]
-        if key is not None:
-            for row in self._hall.store.jobs(limit=1000, lead=True):
-                if row.job.endswith(f"-{unique}"):
-                    return self.job(row.job)
+        if key is not None and (known := self._hall.store.led_job(unique)) is not None:
+            return self.job(known)
         return self._begin(check(dict(pipeline)), unique, priority=priority, labels=labels)
 
     def _begin(

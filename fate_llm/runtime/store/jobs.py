@@ -60,6 +60,14 @@ class Jobs(Access):
             query = query.where(table.c.initiator == initiator)
         return self._all_jobs(query.limit(limit).offset(offset))
 
+    def led_job(self, unique: str) -> str | None:
+        """The newest job that this party leads and whose id ends with `-unique`."""
+        table = schema.jobs
+        query = select(table.c.job).where(table.c.lead, table.c.job.endswith(f"-{unique}", autoescape=True))
+        with self._begin(write=False) as connection:
+            found: str | None = connection.scalar(query.order_by(table.c.created.desc()).limit(1))
+        return found
+
     def initiators(self) -> list[str]:
         """Whose jobs there are, in the order of their names."""
         column = schema.jobs.c.initiator

@@ -88,6 +88,17 @@ def test_jobs_of_one_initiator_come_newest_first_and_by_pages(store: Store) -> N
     assert store.jobs(initiator="nobody") == []
 
 
+def test_a_job_that_this_party_leads_is_found_by_the_end_of_its_id(store: Store) -> None:
+    add(store, "a", LET_IN, LET_IN, lead=True)
+    add(store, "a", LET_IN)
+    for job, lead in (("n-2026-ab_1", True), ("n-2026-abx1", True), ("n-2026-cd", False)):
+        store.save_job(JobRow(job, "d" * 64, "n", "a", lead, "running", 1, 5, 9.0, 1.0, None, {}, {}, None))
+    assert store.led_job("ab_1") == "n-2026-ab_1"
+    assert store.led_job("b_1") is None, "the whole of its last part"
+    assert store.led_job("cd") is None, "a part of somebody else's job"
+    assert store.led_job("%") is None, "no pattern"
+
+
 def test_a_saved_job_is_the_one_that_was_given_also_when_it_replaces_another(store: Store) -> None:
     """Each column is written once; a row that takes another's place leaves nothing of it."""
     first = JobRow("j", "1" * 64, "n", "a", True, "running", 1, 5, 1.0, 2.0, None, {"x": [1]}, {"y": {}}, {"code": "c"})
