@@ -159,7 +159,7 @@ def test_a_job_of_services_has_the_bits_and_the_record_that_it_should(services: 
     roster.write_bytes((services["b"].home / "federation.yaml").read_bytes())
     file = tmp_path / "dossier.json"
     assert "signed by a, b, c, z" in cli(services["b"], "jobs", "dossier", job, str(file))
-    command = [sys.executable, "-m", "fate_llm", "audit", "dossier", "verify", str(file), "--federation", str(roster)]
+    command = [sys.executable, "-m", "fate_llm", "audit", "dossier", "verify", str(file), "--roster", str(roster)]
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout)["ok"] is True
@@ -180,8 +180,7 @@ def test_a_job_of_services_has_the_bits_and_the_record_that_it_should(services: 
                 assert left[one.peer, party, one.task, one.kind, one.round, one.ordinal] == one.digest
                 heard += 1
     assert heard > 20
-    for party in MEMBERS:
-        assert "whole" in (text := cli(services[party], "audit", "verify")) or "lines" in text
+    assert json.loads(cli(services["b"], "audit", "verify", "--json"))["ok"] is True
 
 
 # --- 2. policies ------------------------------------------------------------------------------------------------------
@@ -283,8 +282,9 @@ def test_a_job_that_ends_while_people_are_asked_asks_no_more(services: LiveServi
 # --- 4. cancel --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("party", ["a", "b", "z"])
-@pytest.mark.parametrize("moment", ["invited", "running"])
+@pytest.mark.parametrize(
+    ("party", "moment"), [("a", "invited"), ("b", "invited"), ("a", "running"), ("b", "running"), ("z", "running")]
+)
 def test_every_party_may_cancel(services: LiveServices, party: str, moment: str) -> None:
     if moment == "invited":
         write_policy(services["c"], POLICY.replace("manual: []", "manual: [any]"))
@@ -336,7 +336,7 @@ def test_a_failing_component_fails_the_job_everywhere_with_its_cause(services: L
         assert "broken at" in view["trouble"]["message"]
         # What every party did is known at every party, also when its service looks it up later
         assert view["parts"][at]["state"] == "failed"
-        assert "broken at" in cli(services[party], "jobs", "show", job)
+        assert "broken at" in services[party].client.job(job)["trouble"]["message"]
     assert services["b"].client.dossier(job)["ending"]["trouble"]["party"] == at
 
 
@@ -682,17 +682,17 @@ def test_every_party_lists_its_jobs(services: LiveServices) -> None:
     job = services.submit(toys.toy_pipeline())
     services.ended_everywhere(job)
     for party in MEMBERS:
-        listed = json.loads(cli(services[party], "jobs", "list", "--json", "--limit", "1000"))["jobs"]
+        listed = services[party].client.jobs(limit=1000)
         names = [row["job"] for row in listed]
         assert len(names) == len(set(names))
         (row,) = [row for row in listed if row["job"] == job]
         assert (row["state"], row["lead"], row["initiator"]) == ("success", party == "a", "a")
         assert row["ended"] is not None
-        failed = json.loads(cli(services[party], "jobs", "list", "--json", "--state", "failed", "--limit", "3"))["jobs"]
-        assert all(row["state"] == "failed" for row in failed)
-        assert "success" in cli(services[party], "jobs", "show", job)
+        assert all(row["state"] == "failed" for row in services[party].client.jobs(states=("failed",), limit=3))
+    assert job in cli(services["b"], "jobs", "list", "--state", "success", "--limit", "1000")
+    assert "success" in cli(services["z"], "jobs", "show", job)
     assert "States: pending" in cli(services["a"], "jobs", "list", "--state", "succeeded", exit_code=2)
-    assert "no job" in cli(services["a"], "jobs", "show", "../../etc/passwd", exit_code=2)
+    assert "no job is called" in cli(services["a"], "jobs", "show", "../../etc/passwd", exit_code=2)
 
 
 def test_the_api_is_what_its_description_says(services: LiveServices) -> None:

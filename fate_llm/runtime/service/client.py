@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx2
 
-from fate_llm.core.errors import ConfigurationError, FateError, Fault, PipelineInvalid, ServiceLost, error_from
+from fate_llm.core.errors import (
+    ConfigurationError,
+    FateError,
+    Fault,
+    PipelineInvalid,
+    ServiceLost,
+    UnknownJob,
+    error_from,
+)
 
 __all__ = ["ServiceClient"]
 
 _PATIENCE = 120.0  # seconds for an answer; a plan asks every party
 _LONGEST_WAIT = 25.0
+_JOB = re.compile(r"[a-z0-9][a-z0-9_.-]{0,199}")
 
 
 class ServiceClient:
@@ -137,9 +147,14 @@ def _error(document: Mapping[str, Any]) -> FateError:
 
 
 def _escaped(job: str) -> str:
-    from urllib.parse import quote
+    """A job's id as a part of a path.
 
-    return quote(job, safe="")
+    Raises:
+        UnknownJob: no job can be called so.
+    """
+    if _JOB.fullmatch(job) is None:
+        raise UnknownJob(f"no job is called {job[:200]!r}: an id is made of small letters, digits, `_`, `-` and `.`")
+    return job
 
 
 def _path(job: str, *more: str) -> str:

@@ -73,7 +73,7 @@ def test_calls_are_what_the_api_describes(serve: Serve) -> None:
     client.submit({"version": 1}, key="12345678")
     client.plan({"version": 1})
     client.jobs(states=("failed", "running"), limit=7)
-    client.job("a/b?c")
+    client.job("a.b-c")
     client.lines("j", after=3)
     client.dossier("j")
     client.cancel("j", reason="r", by="b")
@@ -86,7 +86,7 @@ def test_calls_are_what_the_api_describes(serve: Serve) -> None:
         ("POST", "/v1/jobs"),
         ("POST", "/v1/plan"),
         ("GET", "/v1/jobs?state=failed&state=running&limit=7"),
-        ("GET", "/v1/jobs/a%2Fb%3Fc"),
+        ("GET", "/v1/jobs/a.b-c"),
         ("GET", "/v1/jobs/j/lines?after=3&wait=0.0&limit=500"),
         ("GET", "/v1/jobs/j/dossier"),
         ("POST", "/v1/jobs/j/cancel"),
@@ -98,6 +98,18 @@ def test_calls_are_what_the_api_describes(serve: Serve) -> None:
     assert {authorization for *_, authorization in asked} == {"Bearer s3cret"}
     assert asked[0][2] == {"pipeline": {"version": 1}, "key": "12345678"}
     assert asked[10][2] == {"decision": "approve", "digest": "0" * 64, "by": "", "reason": ""}
+
+
+@pytest.mark.parametrize("job", ["", "../../etc/passwd", "a/b?c", "J", "j\n", "x" * 201, "-a"])
+def test_what_can_be_no_job_is_not_asked_for(serve: Serve, job: str) -> None:
+    client, asked = serve()
+    for call in (client.job, client.dossier, client.cancel, client.resume, client.lines):
+        with pytest.raises(UnknownJob):
+            call(job)  # type: ignore[operator]
+    with pytest.raises(UnknownJob):
+        client.decide(job, decision="approve", digest="0" * 64)
+    assert asked == []
+    client.close()
 
 
 def test_a_job_is_followed_until_it_has_ended_and_all_was_read(serve: Serve) -> None:
