@@ -34,7 +34,7 @@ SETTLE = 30.0  # seconds in which a service has tidied up behind its jobs
 _MARKS = ("worker_started", "task_started", "task_finished", "worker_ended", "job_ended")
 _PHASES = ("agreeing", "starting", "working", "leaving", "ending", "telling")
 _OF_A_SERVICE = ("service.json", "service.lock", "fate.db", "fate.db-*", "audit/audit*", "artifacts/*", "*.json")
-_OF_A_JOB = ("dossier.json", "accepted.json", "machine.lock")
+_OF_A_JOB = ("dossier.json", "accepted.json", "ended.json", "machine.lock")
 _OF_A_PART = ("log.txt", "stderr.txt", "events.jsonl", "federation.prom", "transcript.jsonl", "ended.json")
 _OF_A_TASK = ("finished.json", "steps/model")
 

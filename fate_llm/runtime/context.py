@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from fate_llm.core import plugins
-from fate_llm.core.errors import DataError, InternalError
+from fate_llm.core.errors import DataError, InternalError, PolicyError
 from fate_llm.core.interfaces import Kept, SecureSum, UpdateHook
 from fate_llm.core.names import nearest
 from fate_llm.core.seeds import derive_seed
@@ -24,6 +24,7 @@ from .events import EventLog
 from .jobfolder import PartyFolder
 from .journal import RoundFolder, journal_folder
 from .sharing import Sharing
+from .trust.policy_schema import PROTECTIONS
 
 __all__ = ["JobSetting", "TaskContext", "load_sum"]
 
@@ -44,7 +45,7 @@ class JobSetting:
 
     base: folder that relative paths of the pipeline start from. patience: seconds of a round's deadline. durable: the
     party goes on where it was when its process is killed; the channel is durable, too. catalog: this party's data sets
-    by name.
+    by name. floor: the weakest protection that a sum may have here.
     """
 
     job: str
@@ -60,6 +61,21 @@ class JobSetting:
     attempt: int = 1
     durable: bool = False
     catalog: Mapping[str, str] = field(default_factory=dict)
+    floor: str = PROTECTIONS[0]
+
+    def secure_sum(self, name: str) -> SecureSum:
+        """The protection of this name, unless it is weaker than this party's policy asks for.
+
+        Raises:
+            PolicyError: it is weaker; nothing has left the party.
+        """
+        strength = PROTECTIONS.index(name) if name in PROTECTIONS else 0
+        if strength < PROTECTIONS.index(self.floor):
+            raise PolicyError(
+                f"a sum under {name!r}; the policy of {self.party} asks for {self.floor!r} at least",
+                hint="What a pipeline's params do not show is refused when it is used: the component sums by itself.",
+            )
+        return load_sum(name)
 
     def resolve(self, path: str) -> Path:
         """See `core.interfaces.Context.resolve`; `catalog:NAME` is the data set of that name in this party's catalog.
@@ -112,7 +128,7 @@ class TaskContext:
             task,
             cohort,
             setting.patience,
-            load_sum,
+            setting.secure_sum,
             self.emit,
             self._account,
             partial(setting.journal, "coordinator"),
@@ -165,7 +181,7 @@ class TaskContext:
             cohort=self.cohort,
             rounds=count,
             patience=self._setting.patience,
-            secure_sum=load_sum(protection),
+            secure_sum=self._setting.secure_sum(protection),
             emit=self.emit,
             hooks=hooks,
             protection=protection,

@@ -34,7 +34,7 @@ _NOTES = "finished.json"
 class InputRef:
     """Where an input comes from: an output of an earlier task of this party, or a folder on its disk.
 
-    path: as the pipeline names it; relative ones start at the pipeline's folder, `catalog:NAME` is the party's own name.
+    path: as the pipeline names it; relative ones start at the pipeline's folder, `catalog:NAME` is the party's.
     """
 
     task: str = ""

@@ -46,6 +46,7 @@ from .metrics import prometheus_text
 from .party import PartyRun
 from .record.recorder import Recorder
 from .sharing import FileSlot, Sharing
+from .trust.policy_schema import PROTECTIONS
 
 __all__ = ["main", "work"]
 
@@ -168,6 +169,7 @@ def _run(
         attempt=order["attempt"],
         durable=bool(order.get("durable")),
         catalog=order.get("catalog", {}),
+        floor=order.get("floor", PROTECTIONS[0]),
     )
     run = PartyRun(setting, assignments(spec)[order["party"]], order["finished"])
     run.run()

@@ -6,11 +6,12 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from fate_llm.core.errors import DataError, InternalError, JobCancelled, UnknownPlugin
+from fate_llm.core.errors import DataError, InternalError, JobCancelled, PolicyError, UnknownPlugin
 from fate_llm.core.seeds import derive_seed
 from fate_llm.core.values import Cohort, Role, Roster
 from fate_llm.protocols.channel import JobChannel
@@ -32,12 +33,12 @@ def make_context(channels: dict[str, JobChannel], tmp_path: Path) -> MakeContext
     sharing = Sharing()
 
     def make(
-        party: str = "a", role: Role = Role.GUEST, observer: Callable[[Event], None] = lambda e: None
+        party: str = "a", role: Role = Role.GUEST, observer: Callable[[Event], None] = lambda e: None, **more: Any
     ) -> TaskContext:
         folder = PartyFolder(tmp_path / "parties" / party)
         log = EventLog(now=lambda: 5.0, observers=(observer,))
         roster = Roster("a", (), "z")
-        setting = JobSetting("job", party, roster, 7, 20.0, tmp_path, folder, channels[party], log, sharing)
+        setting = JobSetting("job", party, roster, 7, 20.0, tmp_path, folder, channels[party], log, sharing, **more)
         cohort = Cohort(("a",), "z", 1)
         return TaskContext(setting, task="tune", role=role, cohort=cohort, params=None, inputs={}, outputs=("model",))
 
@@ -106,6 +107,18 @@ def test_a_protection_that_nobody_has_is_an_error(make_context: MakeContext) -> 
     assert load_sum("plain").hides_terms is False
     with pytest.raises(UnknownPlugin, match="no sum is called 'plian'"):
         make_context().contributor_rounds(1, protection="plian")
+
+
+def test_a_sum_below_the_floor_of_the_party_is_refused_before_anything_is_said(
+    make_context: MakeContext, channels: dict[str, JobChannel]
+) -> None:
+    ctx = make_context(floor="secagg")
+    with pytest.raises(PolicyError, match="asks for 'secagg' at least"):
+        ctx.contributor_rounds(1, protection="plain")
+    with pytest.raises(PolicyError):
+        ctx.channel.aggregate("lengths", {"n": 1.0}, protection="plain")
+    assert channels["a"].sent_bytes() == 0
+    make_context(floor="plain").contributor_rounds(1, protection="plain")
 
 
 def test_every_use_of_the_rounds_is_a_conversation_of_its_own(

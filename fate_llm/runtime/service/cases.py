@@ -29,7 +29,7 @@ class Accepted:
     """Under what this party's policy let the job in. opens: names of the catalogue that it may open.
 
     policy: digest. not_before: seconds since 1970 before which it does not start. hours: that it may take, None for
-    any. judged: when that was said, seconds since 1970.
+    any. judged: when that was said, seconds since 1970. floor: the weakest protection that a sum may have.
     """
 
     opens: tuple[str, ...] = ()
@@ -37,6 +37,7 @@ class Accepted:
     not_before: float = 0.0
     hours: float | None = None
     judged: float = 0.0
+    floor: str = "ckks"
 
 
 @dataclass(slots=True)
@@ -113,13 +114,15 @@ class Case:
             found = json.loads((self.folder.path / _ACCEPTED).read_text())
         except (OSError, ValueError):
             return Accepted()
-        judged = found.get("judged", 0.0)
-        return Accepted(tuple(found["opens"]), found["policy"], found["not_before"], found["hours"], judged)
+        more = (found["hours"], found.get("judged", 0.0), found.get("floor", "ckks"))
+        return Accepted(tuple(found["opens"]), found["policy"], found["not_before"], *more)
 
     def accept(self, found: Accepted) -> None:
         """Note what the policy said."""
         data = {"opens": list(found.opens), "policy": found.policy, "not_before": found.not_before}
-        write_json(self.folder.path / _ACCEPTED, {**data, "hours": found.hours, "judged": found.judged})
+        write_json(
+            self.folder.path / _ACCEPTED, {**data, "hours": found.hours, "judged": found.judged, "floor": found.floor}
+        )
 
     @property
     def over(self) -> bool:

@@ -32,12 +32,13 @@ def worker_order(
     finished: Mapping[str, Mapping[str, str]],
     catalog: Mapping[str, str],
     lost_after: float,
+    floor: str,
     audit: Mapping[str, str],
 ) -> dict[str, Any]:
     """The order of a durable worker. It holds this party's secret key and its password: it goes through a pipe only.
 
     folder: the job's. lost_after: seconds without a sign of life after which a party is given up. finished: outputs,
-    by task, of what is not run again.
+    by task, of what is not run again. floor: the weakest protection that a sum may have.
     """
     members = signed.specification.members
     silence = max(_SILENCE, 2 * lost_after)  # the services notice sooner, and say so
@@ -58,6 +59,7 @@ def worker_order(
         "durable": True,
         "orphan": "exit",
         "catalog": dict(catalog),
+        "floor": floor,
         "audit": dict(audit),
     }
 

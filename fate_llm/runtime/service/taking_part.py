@@ -20,6 +20,7 @@ from ..record.transcript import read_transcript
 from ..store.rows import ApprovalRow, JobRow, TaskRow
 from ..trust.jobspec import verify
 from ..trust.policy import Evaluation, evaluate
+from ..trust.policy_schema import PROTECTIONS
 from . import part
 from .cases import Accepted, Case
 from .hall import Hall
@@ -213,7 +214,8 @@ class TakingPart:
             )
             return "", "refuse", (Finding(rule="policy", outcome="refuse", found=text[:2000]),)
         hours = None if policy.resources is None else policy.resources.hours
-        case.accept(Accepted(found.opens, policy.digest, found.not_before or 0.0, hours, now))
+        floor = PROTECTIONS[0] if policy.protection is None else policy.protection.least
+        case.accept(Accepted(found.opens, policy.digest, found.not_before or 0.0, hours, now, floor))
         missing = self._keeping.missing(case)
         if missing:
             text = f"outputs of {', '.join(missing)} are not kept here any more"
@@ -324,6 +326,7 @@ class TakingPart:
             finished={task: self._keeping.outputs(case, task) for task in finished},
             catalog={name: path for name, path in paths.items() if name in accepted.opens},
             lost_after=case.part.lost_after,
+            floor=accepted.floor,
             audit={"folder": str(self._hall.audit.folder), "transcript": str(case.transcript)},
         )
         launch = LaunchSettings(nproc=settings.launch.nproc, deepspeed=settings.launch.deepspeed)
