@@ -130,8 +130,8 @@ def find_columns(names: FieldNames, found: Sequence[str], *, file: str, answers_
         names = names.model_copy(update={"output": names.assistant or "answer", "response": None, "answer": None})
     for given in (names.user, names.assistant, names.messages, names.text):
         if given is not None and given not in found:
-            names = [name for name in found if _NAME_LIKE.fullmatch(name)]
-            raise DataError(f"{file}: no field is called {given!r}", hint=nearest(given, names))
+            known = [name for name in found if _NAME_LIKE.fullmatch(name)]
+            raise DataError(f"{file}: no field is called {given!r}", hint=nearest(given, known))
     named = tuple(name for name in (names.input, names.category, names.key) if name is not None)
     rest: dict[str, Any] = {"category": names.category or "category", "key": names.key, "named": named}
     if names.messages or names.text:
