@@ -11,7 +11,7 @@ AT_ONCE ?= 3
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help quickstart compare install test fast lint types unit slow docs clean
+.PHONY: help quickstart compare install test fast lint types unit coverage slow docs clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -63,7 +63,10 @@ types: $(VENV)/.dev
 
 unit: $(VENV)/.dev
 	@echo "== tests without a real model"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses $(AT_ONCE) --cov --cov-report=term --durations=10
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses $(AT_ONCE) --durations=15
+
+coverage: $(VENV)/.dev  ## the same, with the lines that no test runs
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses $(AT_ONCE) --cov --cov-report=term
 
 slow: $(VENV)/.dev
 	@echo "== tests with the real model and with processes"
