@@ -14,12 +14,25 @@ from fate_llm.cli import commands
 from fate_llm.cli.main import main
 from tests.cli.conftest import Run, only_error, python
 
-COMMANDS = ["components", "doctor", "federation", "plan", "predict", "schema", "submit", "validate"]
+COMMANDS = [
+    "audit",
+    "components",
+    "doctor",
+    "federation",
+    "jobs",
+    "models",
+    "party",
+    "plan",
+    "predict",
+    "schema",
+    "submit",
+    "validate",
+]
 
 
 def test_its_commands_are_the_files_of_the_folder() -> None:
     assert isinstance(main, click.Group)
-    assert main.list_commands(click.Context(main)) == COMMANDS
+    assert main.list_commands(click.Context(main, **main.context_settings)) == COMMANDS
     assert commands.__path__
 
 

@@ -18,7 +18,10 @@ CODES = {
     "data_invalid": 2,
     "model_invalid": 2,
     "missing_extra": 2,
+    "unknown_job": 2,
+    "wrong_state": 2,
     "policy_refused": 3,
+    "unauthorised": 3,
     "federation": 4,
     "peer_violation": 4,
     "bad_envelope": 4,
@@ -32,6 +35,8 @@ CODES = {
     "quorum_lost": 4,
     "broker_lost": 4,
     "broker_refused": 4,
+    "service_lost": 4,
+    "store_lost": 4,
     "transport_closed": 4,
     "protection_refused": 5,
     "cancelled": 130,
@@ -67,6 +72,14 @@ def test_an_error_prints_as_json() -> None:
     assert errors.QuorumLost("x").hint == errors.QuorumLost.default_hint
     assert errors.QuorumLost("x", hint="").hint == ""
     assert str(error) == "2 of 3"
+
+
+def test_what_may_quote_data_is_not_told_to_others() -> None:
+    told = errors.DataError("row 3: Patient X takes warfarin").told_others()
+    assert told["code"] == "data_invalid"
+    assert "warfarin" not in str(told)
+    assert "secret" not in str(errors.InternalError("ValueError: 'secret'").told_others())
+    assert errors.QuorumLost("2 of 3").told_others() == errors.QuorumLost("2 of 3").as_dict()
 
 
 def test_all_faults_of_a_pipeline_are_reported_at_once() -> None:

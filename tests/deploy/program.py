@@ -84,7 +84,7 @@ def demo_module(name: str) -> ModuleType:
 
 def _walk(words: Sequence[str]) -> tuple[click.Context, click.Command, list[str]]:
     command: click.Command = main
-    context, rest = click.Context(main, info_name="fate_llm"), list(words)
+    context, rest = click.Context(main, info_name="fate_llm", **main.context_settings), list(words)
     while isinstance(command, click.Group) and rest and not rest[0].startswith("-"):
         found = command.get_command(context, rest[0])
         if found is None:

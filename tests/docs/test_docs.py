@@ -81,7 +81,7 @@ def commands(group: click.Group, context: click.Context) -> Iterator[tuple[str, 
 
 def all_commands() -> dict[str, click.Command]:
     assert isinstance(main, click.Group)
-    return dict(commands(main, click.Context(main, info_name="fate_llm")))
+    return dict(commands(main, click.Context(main, info_name="fate_llm", **main.context_settings)))
 
 
 def test_every_command_and_option_is_in_it() -> None:

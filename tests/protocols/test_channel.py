@@ -182,7 +182,7 @@ def test_a_message_that_cannot_be_encoded_uses_up_no_number(make_channels: Make)
     with pytest.raises(ValueError):
         channels["a"].send("b", task="t", kind="data.x", payload=Payload({"number": float("nan")}))
     # When a then ends with an error, Then b hears of it: there is no gap
-    channels["a"].announce_failure(InternalError("NaN"), task="t")
+    channels["a"].announce_failure(QuorumLost("NaN"), task="t")
     with pytest.raises(PeerFailed, match="NaN"):
         hear(channels["b"], "a")
 
@@ -316,7 +316,7 @@ def test_messages_of_a_party_come_before_the_news_that_it_left(make_channels: Ma
     channels = make_channels("ab", faults=(Fault(FaultKind.DELAY, "a", "b", 2, by=1),), linger=None)
     say(channels["a"], "b", 1)
     say(channels["a"], "b", 2)
-    channels["a"].announce_failure(InternalError("bug"), task="t")
+    channels["a"].announce_failure(QuorumLost("bug"), task="t")
     # When b asks three times, Then it gets both messages first
     assert [hear(channels["b"], "a"), hear(channels["b"], "a")] == [1, 2]
     with pytest.raises(PeerFailed, match="bug"):

@@ -9,6 +9,7 @@ import queue
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -179,9 +180,9 @@ class TestHub:
         connection.makefile().readline()
         connection.sendall((json.dumps({"rank": 1, "error": DataError("twice").as_dict()}) + "\n").encode())
         found.hub.close()
-        for thread in threading.enumerate():
-            if thread.name == "rank":
-                thread.join(PATIENCE)
+        until = time.monotonic() + PATIENCE
+        while any(thread.name == "rank" for thread in threading.enumerate()) and time.monotonic() < until:
+            time.sleep(0.01)  # one that is about to start cannot be joined
         assert (found.said, found.exits.empty()) == ([], True)
 
     def test_a_rank_that_dies_takes_rank_0_with_it_without_a_word(self, hub: MakeHub) -> None:
