@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as Late
 from typing import Any, TypeVar
 
-from fate_llm.core.errors import ConfigurationError, FateError, InternalError, ServiceLost
+from fate_llm.core.errors import ConfigurationError, FateError, InternalError, ServiceLost, StoreLost
 
 from ..trust.home import Home
 from .desk import Desk
@@ -31,6 +31,7 @@ _TICK = 0.25  # seconds between looks at the clock
 _ANSWER = 60.0  # seconds that a call of the API waits for the engine
 _PLAN = 20.0  # seconds that the other parties have to answer to a plan
 _RECEIVE = 0.5
+_TELL_AGAIN = 30.0  # seconds in which it is said once that the database is away
 _BACKLOG = 200  # entries of the queue above which words of others wait at the broker
 
 
@@ -43,6 +44,7 @@ class Engine:
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._hall: Hall = open_hall(home, now=now, put=self._queue.put, said=self._said, say=say)
         self._desk = Desk(self._hall)
+        self._told_away = 0.0
         self._closing = threading.Event()
         self._ticking = threading.Event()  # a tick waits in the queue: one is enough
         self._threads = [
@@ -80,6 +82,10 @@ class Engine:
             while entry is not None:
                 try:
                     entry()
+                except StoreLost as error:  # everything comes again when it is back
+                    if self._hall.now() - self._told_away >= _TELL_AGAIN:
+                        self._told_away = self._hall.now()
+                        self._say(f"the database is away: {error.message}")
                 # The boundary of one entry: what is wrong with one job must not stop the others.
                 except Exception as error:
                     self._say(f"internal error: {type(error).__name__}: {error}\n{traceback.format_exc()}")
