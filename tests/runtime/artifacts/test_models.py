@@ -213,7 +213,8 @@ def test_the_card_is_one_that_the_hub_reads(registry: ModelRegistry, register: R
     registry.export("loans", tmp_path / "out")
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.base_model == "acme/tiny"
-    assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-generation")
+    found = card.data.to_dict()
+    assert (found["library_name"], found["pipeline_tag"]) == ("peft", "text-generation")
     assert card.data.to_dict()["base_model_relation"] == "adapter"
     assert "federated-learning" in card.data.tags
     text = card.text
