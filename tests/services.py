@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fate_llm.core.errors import FateError, ServiceLost
+from fate_llm.core.errors import FateError, ServiceLost, UnknownJob
 from fate_llm.runtime.service.client import ServiceClient
 from tests.brokers import LiveFederation
 
@@ -155,10 +155,13 @@ class LiveParty:
         return found
 
     def until(self, condition: Callable[[], Any], *, what: str = "") -> Any:
-        """Wait for a condition; its value. A service that is not there (any more) makes it false."""
+        """Wait for a condition; its value.
+
+        A service that is not there (any more), and a job whose invitation is still on its way, make it false.
+        """
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
-            with contextlib.suppress(ServiceLost):
+            with contextlib.suppress(ServiceLost, UnknownJob):
                 if found := condition():
                     return found
             time.sleep(0.02)

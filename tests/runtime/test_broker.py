@@ -394,5 +394,7 @@ def test_a_cluster_keeps_its_queues_when_a_node_is_lost(cluster: list[BrokerNode
         ):
             got = connection.channel().basic_get("q", auto_ack=True)[2]
     assert got == b"text"
+    with pika.BlockingConnection(pika.URLParameters(second.url())) as connection:
+        connection.channel().queue_delete("q")  # the nodes are the whole session's
     first.start(START)
     until(lambda: third.ctl("eval", "length(rabbit_nodes:all_running()).").strip() == "3", "all three nodes")
