@@ -48,6 +48,7 @@ _PACKAGES = (
     "accelerate",
     "pika",
     "cryptography",
+    "tenseal",
     "flwr",
     "ray",
 )

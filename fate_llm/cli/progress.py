@@ -154,6 +154,8 @@ def _sentence(event: Event, sent: str) -> str | None:
         tokens = f", {fields['tokens']} tokens trained" if "tokens" in fields else ""
         total = "" if sent == "-" else f", {sent} sent so far"
         return f"{who} {at}, {losses}{tokens}{total}"
+    if event.kind == "step" and not (_numbers(fields, "step") or _numbers(fields, "loss")):
+        return None  # it trains, and how far it is says too much
     if event.kind == "step":
         step = _count(fields, "step", "steps")
         return f"{who} {at}{' ' if step else ''}{step} loss {_loss(fields.get('loss'))}"

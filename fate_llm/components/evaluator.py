@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["PLUGIN", "Evaluator"]
 
 BASE = "base"
+_SCORES = "scores"  # the sum of all parties' scores
 
 
 class Evaluator:
@@ -65,6 +66,9 @@ class Evaluator:
             False, description="Experiments only: send models to parties that lack them, so that all score all."
         )
         protection: str = Field("plain", description="How sums are added.", json_schema_extra={"plugin": "sum"})
+        protection_params: dict[str, Any] = Field(
+            default_factory=dict, description="The protection's parameters; the same at every party."
+        )
 
     inputs: ClassVar[dict[str, Port]] = {
         "model": Port(ArtifactKind.MODEL, "Trained models, each with its base model.", many=True),
@@ -94,7 +98,12 @@ class Evaluator:
     host = guest
 
     def arbiter(self, ctx: Context) -> None:
-        ctx.channel.aggregate("scores", None, protection=ctx.params.protection)
+        params: Evaluator.Params = ctx.params
+        ctx.channel.aggregate(_SCORES, None, protection=params.protection, protection_params=params.protection_params)
+
+    def key_holder(self, ctx: Context) -> None:
+        params: Evaluator.Params = ctx.params
+        ctx.channel.hold(_SCORES, protection=params.protection, protection_params=params.protection_params)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +134,9 @@ class _Scoring:
         with self.turns.take():
             scored = self._score_all(models)
         sums = {f"{name}/{key}": value for name, one in scored.items() for key, value in one.sums.items()}
-        totals = ctx.channel.aggregate("scores", sums, protection=params.protection)
+        totals = ctx.channel.aggregate(
+            _SCORES, sums, protection=params.protection, protection_params=params.protection_params
+        )
         table = [_row(name, params.labels.get(name, name), totals) for name in scored]
         ctx.emit("scores", rows=table)
         self._report(table, scored)

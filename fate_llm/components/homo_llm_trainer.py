@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 __all__ = ["PLUGIN", "HomoLlmTrainer", "HookRef"]
 
 
+_FINAL = "final"  # the closing sum: the evaluation of the last round's state
+
+
 class HookRef(Frozen):
     """An update hook with its params."""
 
@@ -74,7 +77,8 @@ class HomoLlmTrainer:
     Guest and hosts train locally with the Hugging Face Trainer; after every `local_steps` optimizer steps (or
     `local_epochs` passes) their differences are averaged by the coordinator, and training goes on from the mean.
     Only trainable parameters travel, by name. The base model stays frozen with LoRA, and is shared by all parties of
-    one process. `task_type` says what is trained for; the arbiter needs no model and no data.
+    one process. `task_type` says what is trained for; the arbiter needs no model and no data, nor does the key holder
+    that some protections need.
     """
 
     class Params(Frozen):
@@ -112,6 +116,9 @@ class HomoLlmTrainer:
         )
         aggregator_params: dict[str, Any] = Field(default_factory=dict, description="The aggregator's parameters.")
         protection: str = Field("plain", description="How updates are summed.", json_schema_extra={"plugin": "sum"})
+        protection_params: dict[str, Any] = Field(
+            default_factory=dict, description="The protection's parameters; the same at every party."
+        )
         hooks: tuple[HookRef, ...] = Field((), description="Update hooks; they run by their stage.")
         evaluate_every: int = Field(1, ge=0, description="Rounds between evaluations on `test`; 0: never.")
         select: Literal["last", "best"] = Field(
@@ -166,6 +173,7 @@ class HomoLlmTrainer:
         rounds = ctx.coordinator_rounds(
             params.rounds,
             protection=params.protection,
+            protection_params=params.protection_params,
             hooks=_hooks(ctx),
             keep_terms=rule.needs_plaintext,
             keep=keep,
@@ -175,7 +183,12 @@ class HomoLlmTrainer:
             total = round.collect()
             state = aggregator.step(state, total)
             round.publish(state, stop=stopping.should_stop(total.sums))
-        ctx.channel.aggregate("final", None, protection=params.protection)
+        ctx.channel.aggregate(_FINAL, None, protection=params.protection, protection_params=params.protection_params)
+
+    def key_holder(self, ctx: Context) -> None:
+        params: HomoLlmTrainer.Params = ctx.params
+        ctx.holder_rounds(protection=params.protection, protection_params=params.protection_params)
+        ctx.channel.hold(_FINAL, protection=params.protection, protection_params=params.protection_params)
 
 
 class _Contributor:
@@ -202,7 +215,12 @@ class _Contributor:
             rows, self.test = self._encode("train"), self._encode("test") if "test" in ctx.inputs else []
             keep: dict[str, Kept] = {"trainer": self.checkpoint, "history": self.history}
             rounds = self.ranks.contributor_rounds(
-                ctx, params.rounds, protection=params.protection, hooks=_hooks(ctx), keep=keep
+                ctx,
+                params.rounds,
+                protection=params.protection,
+                protection_params=params.protection_params,
+                hooks=_hooks(ctx),
+                keep=keep,
             )
             with turns.pause():
                 state = rounds.start(self.trainable.read())
@@ -218,8 +236,10 @@ class _Contributor:
 
     def _final_sums(self) -> dict[str, float]:
         """The sums of the last evaluation: they missed the last round."""
-        mine = self.history.to_send(Meter())
-        return self.ctx.channel.aggregate("final", mine, protection=self.params.protection)
+        mine, params = self.history.to_send(Meter()), self.params
+        return self.ctx.channel.aggregate(
+            _FINAL, mine, protection=params.protection, protection_params=params.protection_params
+        )
 
     def _train(self, rounds: ContributorRounds, rows: Sequence[Encoded], state: Arrays) -> Arrays:
         """All rounds that are left; the last global state."""

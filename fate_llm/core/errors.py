@@ -28,6 +28,8 @@
     |   `-- TransportClosed            the transport is no longer there
     |-- StoreLost              (4)     a party's database, or the place of its artifacts, is not there or takes nothing
     |-- ProtectionError        (5)     an update cannot be protected as asked (not finite, overflow, plaintext needed)
+    |   |-- UnsafeRequest              a coordinator asks for what would open a party's term
+    |   `-- InconsistentView           the parties of a sum were not told the same
     |-- JobCancelled           (130)   a person or a party stopped the job
     `-- InternalError          (70)    our own bug: an invariant does not hold
 
@@ -52,6 +54,7 @@ __all__ = [
     "FateError",
     "Fault",
     "FederationError",
+    "InconsistentView",
     "InternalError",
     "JobCancelled",
     "MessageLost",
@@ -71,6 +74,7 @@ __all__ = [
     "Unauthorised",
     "UnknownJob",
     "UnknownPlugin",
+    "UnsafeRequest",
     "WrongState",
     "all_errors",
     "error_from",
@@ -329,6 +333,20 @@ class ProtectionError(FateError):
     code = "protection_refused"
     exit_code = 5
     default_hint = "Look at the learning rate and the loss (not finite), or at the protection's settings."
+
+
+class UnsafeRequest(ProtectionError):
+    """A coordinator asks for what would open a single party's term; it was refused, and nothing was opened."""
+
+    code = "unsafe_request"
+    default_hint = "An honest coordinator never asks this. Ask its operator; do not run the job again before."
+
+
+class InconsistentView(ProtectionError):
+    """The parties of a sum were not told the same: other keys, survivors, model or parameters; nothing was opened."""
+
+    code = "inconsistent_view"
+    default_hint = "Compare versions, pipeline and model of the parties; if they agree, the coordinator does not."
 
 
 class JobCancelled(FateError):

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from .values import Arrays, Artifact, ArtifactKind, Cohort, Payload, Role, Roster, RoundResult, Total, Update
+from .values import Arrays, Artifact, ArtifactKind, Cohort, Payload, Role, Roster, RoundResult, SumFloor, Total, Update
 
 __all__ = [
     "Aggregator",
@@ -52,13 +52,18 @@ __all__ = [
     "RoundJournal",
     "Saved",
     "SecureSum",
+    "Signer",
     "SumAction",
     "SumContribute",
     "SumEvent",
     "SumExpired",
     "SumFinished",
+    "SumHolder",
+    "SumJournal",
+    "SumKeep",
     "SumParty",
     "SumReceived",
+    "SumScene",
     "SumSend",
     "SumServer",
     "Traffic",
@@ -167,30 +172,90 @@ class Channel(Protocol):
         """One payload from every other contributor of the cohort, in roster order."""
         ...
 
-    def aggregate(self, name: str, sums: Mapping[str, float] | None, *, protection: str) -> dict[str, float]:
+    def aggregate(
+        self,
+        name: str,
+        sums: Mapping[str, float] | None,
+        *,
+        protection: str,
+        protection_params: Mapping[str, Any] = MappingProxyType({}),
+    ) -> dict[str, float]:
         """Add up numbers outside the rounds; everyone gets the sums.
 
         Contributors pass their own additive numbers, the coordinator's side passes None.
         """
         ...
 
+    def hold(self, name: str, *, protection: str, protection_params: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """As key holder: take part in the `aggregate` of this name."""
+        ...
+
 
 # --- SecureSum ----------------------------------------------------------------------------------------------
 
 
+class Signer(Protocol):
+    """Signs for this party, and checks what others signed, under the identities that the roster pins."""
+
+    @property
+    def roster(self) -> str:
+        """Digest (64 hex digits) over every party's name and identity."""
+        ...
+
+    def sign(self, message: bytes, *, purpose: str) -> bytes:
+        """64 bytes; the same input gives the same bytes."""
+        ...
+
+    def verify(self, party: str, signature: bytes, message: bytes, *, purpose: str) -> None:
+        """Return when `party` signed this.
+
+        Raises:
+            BadSignature: it did not, or is not in the roster.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SumScene:
+    """What one sum is bound to: the same at all its parties, but for `me`, `signer` and `floor`.
+
+    layout: shapes by name that every term must have. state: the global state that the terms are differences to.
+    conversation: of one task, `TASK` or `TASK/NAME/USE`. attempt: of the job. floor: of this party's own policy.
+    """
+
+    cohort: Cohort
+    me: str
+    layout: Layout
+    state: Arrays = field(default_factory=dict)
+    job: str = ""
+    attempt: int = 1
+    conversation: str = ""
+    round: int = 1
+    signer: Signer | None = None
+    floor: SumFloor = field(default_factory=SumFloor)
+    key_holder: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class SumContribute:
-    """To a contributor's machine: here is this party's term."""
+    """To a contributor's machine: here is this party's term.
+
+    seed: 32 bytes of the operating system's randomness; whatever the machine draws comes out of them. kept: by name,
+    what an earlier life of this side had kept of this round (`SumKeep`); then `seed` is not used.
+    """
 
     update: Update
+    seed: bytes = b""
+    kept: Mapping[str, Payload] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class SumReceived:
-    """A message of the sum's conversation arrived."""
+    """A message of the sum's conversation arrived. from_holder: from the key holder as such, not as a contributor."""
 
     sender: str
     body: Payload
+    from_holder: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,10 +265,25 @@ class SumExpired:
 
 @dataclass(frozen=True, slots=True)
 class SumSend:
-    """Send this message of the sum's conversation."""
+    """Send this message of the sum's conversation. to_holder: to the key holder as such, not as a contributor."""
 
     receiver: str
     body: Payload
+    to_holder: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SumKeep:
+    """Have this on disk before any later action is done; an earlier one of the same name is replaced.
+
+    secret: sealed there, and erased when the round closes. lasting: it stays when the round is closed, and later
+    attempts of the job see it.
+    """
+
+    name: str
+    body: Payload
+    secret: bool = False
+    lasting: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +294,7 @@ class SumFinished:
 
 
 SumEvent = SumContribute | SumReceived | SumExpired
-SumAction = SumSend | SumFinished
+SumAction = SumSend | SumKeep | SumFinished
 
 
 class SumParty(Protocol):
@@ -224,7 +304,10 @@ class SumParty(Protocol):
 
 
 class SumServer(Protocol):
-    """The coordinator's side of one sum: a pure machine. `awaiting` are the parties of the present stage.
+    """The coordinator's side of one sum: a pure machine.
+
+    awaiting: who has not answered in the present stage. able: whose terms can still be part of the total. least: how
+    many of them there must be to end the present stage. stage: grows with the next stage, which is a wait of its own.
 
     A term or message that the protocol does not allow raises PeerViolation and changes nothing. Fewer terms
     than the cohort's quorum when the time is over raise QuorumLost.
@@ -233,22 +316,76 @@ class SumServer(Protocol):
     @property
     def awaiting(self) -> frozenset[str]: ...
 
+    @property
+    def able(self) -> frozenset[str]: ...
+
+    @property
+    def least(self) -> int: ...
+
+    @property
+    def stage(self) -> int: ...
+
     def handle(self, event: SumEvent) -> list[SumAction]: ...
 
 
+class SumHolder(Protocol):
+    """The key holder's side of all sums of one conversation: a pure machine. It hears and answers the coordinator.
+
+    idle: nothing of what it has heard is waiting for more. What it keeps belongs to the whole conversation.
+    """
+
+    @property
+    def idle(self) -> bool: ...
+
+    def handle(self, event: SumReceived) -> list[SumAction]: ...
+
+
 class SecureSum(Protocol):
-    """How a weighted sum is computed. `hides_terms`: the coordinator learns the total and no term."""
+    """How a weighted sum is computed; made with its `Params`.
 
+    hides_terms: the coordinator learns the total and no term. needs_key_holder: a party in that role takes part.
+    summary: one line for lists. learns: by role, what it sees and what it does not, for the plan.
+    """
+
+    Params: ClassVar[type[Frozen]]
     hides_terms: ClassVar[bool]
+    needs_key_holder: ClassVar[bool]
     summary: ClassVar[str]
+    learns: ClassVar[Mapping[str, str]]
 
-    def party(self, cohort: Cohort, me: str, layout: Layout) -> SumParty: ...
+    def party(self, scene: SumScene) -> SumParty: ...
 
-    def server(self, cohort: Cohort, layout: Layout, *, keep_terms: bool = False) -> SumServer:
-        """layout: shapes by name that every term must have.
+    def server(
+        self, scene: SumScene, *, keep_terms: bool = False, kept: Mapping[str, Payload] = MappingProxyType({})
+    ) -> SumServer:
+        """keep_terms: hand the single updates on in `Total.terms`; ProtectionError where terms are hidden.
 
-        keep_terms: hand the single updates on in `Total.terms`; ProtectionError where terms are hidden.
+        kept: by name, what an earlier life of the coordinator had kept of this round.
         """
+        ...
+
+    def holder(self, scene: SumScene, seed: bytes, kept: Mapping[str, Payload] = MappingProxyType({})) -> SumHolder:
+        """seed, kept: as in `SumContribute`. InternalError where no key holder is needed."""
+        ...
+
+
+class SumJournal(Protocol):
+    """What one side of a conversation must not draw or say a second time, although its process was killed."""
+
+    def load(self, round: int) -> Mapping[str, Payload]:
+        """What was kept of a round: all of this attempt, and what is lasting of earlier ones."""
+        ...
+
+    def keep(self, round: int, action: SumKeep) -> None:
+        """On disk when this returns.
+
+        Raises:
+            FederationError: the disk does not take it; nothing that was to follow may be done.
+        """
+        ...
+
+    def close(self, round: int) -> None:
+        """This round and those before are over: all but what is lasting is erased."""
         ...
 
 
@@ -575,6 +712,7 @@ class Context(Protocol):
         count: int,
         *,
         protection: str,
+        protection_params: Mapping[str, Any] = MappingProxyType({}),
         hooks: Sequence[UpdateHook] = (),
         keep: Mapping[str, Kept] = MappingProxyType({}),
     ) -> ContributorRounds:
@@ -586,10 +724,15 @@ class Context(Protocol):
         count: int,
         *,
         protection: str,
+        protection_params: Mapping[str, Any] = MappingProxyType({}),
         hooks: Sequence[UpdateHook] = (),
         keep_terms: bool = False,
         keep: Mapping[str, Kept] = MappingProxyType({}),
     ) -> CoordinatorRounds: ...
+
+    def holder_rounds(self, *, protection: str, protection_params: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """As key holder: answer the coordinator until its rounds are over."""
+        ...
 
     def turn(self) -> AbstractContextManager[None]:
         """Hold the machine for computing; parties of one process take turns."""

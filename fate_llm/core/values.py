@@ -29,6 +29,7 @@ __all__ = [
     "Role",
     "Roster",
     "RoundResult",
+    "SumFloor",
     "Total",
     "Update",
     "require_finite",
@@ -79,6 +80,20 @@ class Roster:
     def data_owners(self) -> tuple[str, ...]:
         """Guest and hosts, in roster order."""
         return tuple(dict.fromkeys((self.guest, *self.hosts)))
+
+
+@dataclass(frozen=True, slots=True)
+class SumFloor:
+    """What a party's own policy asks of every sum that hides terms; no message and no pipeline lowers it.
+
+    contributors: least number of parties in a sum. threshold: least number of parties together with whom the
+    coordinator could open a term; None: floor(2n/3) + 1 of n. clip: largest bound on a value's size that the party
+    accepts; None: any.
+    """
+
+    contributors: int = 3
+    threshold: int | None = None
+    clip: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import PydanticUndefined
+from pydantic import ValidationError
 
 from fate_llm.core import plugins
 from fate_llm.core.errors import FateError
@@ -17,57 +15,12 @@ from fate_llm.core.names import nearest
 
 from .dialect import Path, has_step
 from .draft import Draft
-from .faults import Found, found_by_pydantic, leaves
+from .faults import Found, found_by_pydantic
+from .plugin_fields import PluginField, plugin_fields
+from .protections import protection_faults
+from .sums import SumUse, sums_of
 
-__all__ = ["PluginField", "check_parameters", "plugin_fields"]
-
-
-@dataclass(frozen=True, slots=True)
-class PluginField:
-    """A setting that names a plug-in. holder: path of the params that the field belongs to."""
-
-    kind: str
-    name: str
-    path: Path
-    holder: Path
-
-
-def plugin_fields(model: Any, raw: Any, path: Path = ()) -> Iterator[PluginField]:
-    """Names of plug-ins in raw params: fields marked `json_schema_extra={"plugin": kind}`, at any depth."""
-    for leaf in leaves(model):
-        inner = [kind for kind in typing.get_args(leaf) if kind is not Ellipsis]
-        if isinstance(leaf, type) and issubclass(leaf, BaseModel) and isinstance(raw, Mapping):
-            yield from _of_model(leaf, raw, path)
-        elif isinstance(raw, Mapping) and len(inner) == 2:
-            for key, value in raw.items():
-                yield from plugin_fields(inner[1], value, (*path, key))
-        elif isinstance(raw, (list, tuple)) and inner:
-            for index, value in enumerate(raw):
-                yield from plugin_fields(inner[0], value, (*path, index))
-
-
-def _of_model(model: type[BaseModel], raw: Mapping[str, Any], path: Path) -> Iterator[PluginField]:
-    for name, info in model.model_fields.items():
-        key = info.alias or name
-        value = raw[key] if key in raw else info.get_default(call_default_factory=False)
-        extra = info.json_schema_extra
-        if isinstance(extra, dict) and "plugin" in extra:
-            yield from _names(str(extra["plugin"]), value, (*path, key), path)
-        elif value is not PydanticUndefined:
-            below = value.model_dump() if isinstance(value, BaseModel) else value
-            yield from plugin_fields(info.annotation, below, (*path, key))
-
-
-def _names(kind: str, value: Any, path: Path, holder: Path) -> Iterator[PluginField]:
-    """One name, a list of names, or a mapping from names to their settings."""
-    if isinstance(value, str):
-        yield PluginField(kind, value, path, holder)
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            yield from _names(kind, item, (*path, index), holder)
-    elif isinstance(value, Mapping):
-        for key in value:
-            yield from _names(kind, key, (*path, key), holder)
+__all__ = ["check_parameters"]
 
 
 def check_parameters(draft: Draft) -> None:
@@ -85,6 +38,7 @@ class _View:
     instance: Any
     found: list[Found]
     plugins: tuple[PluginField, ...]
+    sums: tuple[SumUse, ...]
 
 
 class _Task:
@@ -104,17 +58,18 @@ class _Task:
                 views.append(self._view(party))
             else:
                 plain = plain or self._view(party)
-                views.append(_View(party, plain.raw, plain.instance, plain.found, plain.plugins))
+                views.append(replace(plain, party=party))
         return views
 
     def _view(self, party: str) -> _View:
         raw = self.draft.spec.params_for(party, self.task)
         model = self.component.Params
-        named = tuple(plugin_fields(model, raw))
+        named, sums = tuple(plugin_fields(model, raw)), sums_of(model, raw)
+        found = [fault for use in sums for fault in use.faults()]
         try:
-            return _View(party, raw, model.model_validate(raw), [], named)
+            return _View(party, raw, model.model_validate(raw), found, named, sums)
         except ValidationError as error:
-            return _View(party, raw, None, found_by_pydantic(error, raw, model), named)
+            return _View(party, raw, None, [*found_by_pydantic(error, raw, model), *found], named, sums)
 
     def check(self) -> None:
         unknown = {(view.party, field.path) for view in self.views for field in self._check_plugins(view)}
@@ -126,6 +81,9 @@ class _Task:
         for (code, path, message, hint), parties in wrong.items():
             self._place_fault(code, path, message, hint, parties)
         self._check_same_wire()
+        sums = {view.party: view.sums for view in (self._usual(), *self.views)}
+        for code, path, message, hint, parties in protection_faults(self.draft, self.task, sums):
+            self._place_fault(code, path, message, hint, parties)
         for view in self.views:
             self._check_experiment(view)
 
@@ -210,7 +168,7 @@ class _Task:
 
     def _check_same_wire(self) -> None:
         """Parties whose overrides let updates travel in another way than the task's own params."""
-        usual = next((view for view in self.views if not self._override(view.party)), self.views[0])
+        usual = self._usual()
         names = self._wire_names(usual)
         for view in self.views:
             if (other := self._wire_names(view)) != names:
@@ -218,6 +176,10 @@ class _Task:
                 message = f"updates travel with {shown} at {view.party!r}, and with {wanted} at {usual.party!r}"
                 holder = sorted(other ^ names)[0][0]
                 self._place_fault("hooks_differ", holder, message, "the same at every party", [view.party])
+
+    def _usual(self) -> _View:
+        """A party whose params are the task's own, if there is one."""
+        return next((view for view in self.views if not self._override(view.party)), self.views[0])
 
     def _wire_names(self, view: _View) -> set[tuple[Path, str]]:
         return {(field.holder[:-1], field.name) for field, _ in self._wire_hooks(view)}

@@ -12,7 +12,8 @@ from fate_llm.core.interfaces import Component, Estimate, PassThrough, PlanView,
 from fate_llm.core.values import Cohort, Role
 
 from .graph import order
-from .parameters import plugin_fields
+from .plan_protection import ProtectionPlan, protections_of
+from .plugin_fields import plugin_fields
 from .schema import Folder, PipelineSpec, Reference, sources_of
 
 __all__ = ["PartyTotals", "Plan", "TaskPlan", "make_plan"]
@@ -22,7 +23,9 @@ Upstream = dict[str, dict[str, tuple[str, Any]]]
 
 @dataclass(frozen=True, slots=True)
 class TaskPlan:
-    """One task. inputs: by party and port, as `task.output` or a path. learns: what the coordinator sees."""
+    """One task. inputs: by party and port, as `task.output` or a path. learns: what the coordinator sees. protections:
+    of its sums that hide terms.
+    """
 
     name: str
     component: str
@@ -31,6 +34,7 @@ class TaskPlan:
     inputs: Mapping[str, Mapping[str, tuple[str, ...]]]
     estimate: Estimate
     learns: tuple[str, ...]
+    protections: tuple[ProtectionPlan, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -46,6 +50,7 @@ class TaskPlan:
             "coordinator_memory_bytes": self.estimate.coordinator_memory_bytes,
             "notes": list(self.estimate.notes),
             "coordinator_learns": list(self.learns),
+            "protections": [protection.as_dict() for protection in self.protections],
         }
 
 
@@ -153,6 +158,7 @@ class _Maker:
             {party: self._inputs(party, name) for party in self.runs[name]},
             estimate,
             tuple(dict.fromkeys(_lessons(spec, name, component, cohort))),
+            protections_of(spec, name, component, cohort),
         )
 
     def _inputs(self, party: str, task: str) -> dict[str, tuple[str, ...]]:
@@ -245,6 +251,7 @@ def _render_task(task: TaskPlan) -> Iterator[str]:
     if task.estimate.memory_bytes is not None:
         yield f"   memory of a contributor: {_size(task.estimate.memory_bytes)}"
     yield from (f"   {lesson}" for lesson in task.learns)
+    yield from (f"     {line}" for protection in task.protections for line in protection.lines())
     yield from (f"   note: {note}" for note in task.estimate.notes)
 
 

@@ -17,6 +17,8 @@ from fate_llm.core.interfaces import Component, Frozen
 from fate_llm.core.names import NAME_PATTERN
 from fate_llm.core.values import Cohort, Role, Roster
 
+from .sums import sums_of
+
 __all__ = [
     "Duration",
     "Folder",
@@ -327,7 +329,14 @@ class PipelineSpec(Strict):
         if spec.parties is not None and party not in spec.parties:
             return set()
         held = self.roster.roles_of(party) & roles_of_component(self.component(task))
+        if Role.KEY_HOLDER in held and not self._needs_key(task):
+            held -= {Role.KEY_HOLDER}
         return set(held if spec.roles is None else held & set(spec.roles))
+
+    def _needs_key(self, task: str) -> bool:
+        """Whether a sum of the task needs somebody who holds a key: who does takes part then, and not otherwise."""
+        sums = sums_of(self.component(task).Params, self.tasks[task].params)
+        return any(use.needs_key_holder for use in sums)
 
 
 _DATA_ROLES = {Role.GUEST, Role.HOST}

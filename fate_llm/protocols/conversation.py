@@ -6,14 +6,16 @@ Satisfies `core.interfaces.Channel`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
 
-from fate_llm.core.interfaces import RoundJournal, SecureSum
+from fate_llm.core.interfaces import RoundJournal, SecureSum, SumJournal, SumScene
 from fate_llm.core.values import Cohort, Payload
 
 from .channel import JobChannel
 from .ledger import Account
-from .rounds.driver import ContributorDriver, CoordinatorDriver, Emit, Setting
+from .rounds.driver import ContributorDriver, CoordinatorDriver, Emit, HolderDriver, Setting
 
 __all__ = ["TaskChannel"]
 
@@ -24,22 +26,29 @@ def _no_journal(conversation: str) -> None:
     return None
 
 
+def _no_sum_journal(side: str, conversation: str) -> None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class TaskChannel:
     """patience: the round deadline in seconds; a wait lasts twice that when the caller names no time-out.
 
-    load_sum: a SecureSum by its name. account: of the role whose view this is, on a durable channel. journal: by
-    conversation, where a coordinator writes down what it publishes; contributors hear it again.
+    load_sum: a SecureSum by its name and params. account: of the role whose view this is, on a durable channel.
+    journal: by conversation, where a coordinator writes down what it publishes; contributors hear it again. scene: of
+    the task's sums. sum_journal: by side (contributor, coordinator, holder) and conversation.
     """
 
     channel: JobChannel
     task: str
     cohort: Cohort
     patience: float
-    load_sum: Callable[[str], SecureSum]
+    load_sum: Callable[[str, Mapping[str, Any]], SecureSum]
     emit: Emit
     account: Account = field(default_factory=Account)
     journal: Callable[[str], RoundJournal | None] = _no_journal
+    scene: SumScene | None = None
+    sum_journal: Callable[[str, str], SumJournal | None] = _no_sum_journal
 
     def send(self, receiver: str, name: str, payload: Payload) -> None:
         """Send one payload to a member of the cohort."""
@@ -79,7 +88,14 @@ class TaskChannel:
         others = [party for party in self.cohort.contributors if party != self.channel.party]
         return {party: self._receive(party, name, deadline) for party in others}
 
-    def aggregate(self, name: str, sums: Mapping[str, float] | None, *, protection: str) -> dict[str, float]:
+    def aggregate(
+        self,
+        name: str,
+        sums: Mapping[str, float] | None,
+        *,
+        protection: str,
+        protection_params: Mapping[str, Any] = MappingProxyType({}),
+    ) -> dict[str, float]:
         """Add up numbers over the contributors; see `core.interfaces.Channel.aggregate`.
 
         One round without arrays.
@@ -87,20 +103,8 @@ class TaskChannel:
         A name may be used again: each use is a conversation of its own, so that no late number counts in the
         next.
         """
-        self.account.used[name] += 1
-        conversation = f"{self.task}/{name}/{self.account.used[name]}"
-        setting = Setting(
-            channel=self.channel,
-            task=conversation,
-            cohort=self.cohort,
-            rounds=1,
-            patience=self.patience,
-            secure_sum=self.load_sum(protection),
-            emit=lambda event, **fields: None,
-            protection=protection,
-            account=self.account,
-            journal=self.journal(conversation) if sums is None else None,
-        )
+        side = "coordinator" if sums is None else "contributor"
+        setting = self._sum_of(name, protection, protection_params, side)
         if sums is None:
             return self._collect(setting)
         rounds = ContributorDriver(setting, self.channel.party)
@@ -108,6 +112,29 @@ class TaskChannel:
         for round in rounds:
             return dict(round.contribute({}, weight=1.0, sums=sums).sums)
         return dict(rounds.sums)  # we come late, after a kill: the coordinator had ended it
+
+    def hold(self, name: str, *, protection: str, protection_params: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """As key holder: take part in the `aggregate` of this name."""
+        HolderDriver(self._sum_of(name, protection, protection_params, "holder")).run()
+
+    def _sum_of(self, name: str, protection: str, params: Mapping[str, Any], side: str) -> Setting:
+        """The next sum of this name, seen from one side."""
+        self.account.used[name] += 1
+        conversation = f"{self.task}/{name}/{self.account.used[name]}"
+        return Setting(
+            channel=self.channel,
+            task=conversation,
+            cohort=self.cohort,
+            rounds=1,
+            patience=self.patience,
+            secure_sum=self.load_sum(protection, params),
+            emit=lambda event, **fields: None,
+            protection=protection,
+            account=self.account,
+            journal=self.journal(conversation) if side == "coordinator" else None,
+            scene=None if self.scene is None else replace(self.scene, conversation=conversation),
+            sum_journal=self.sum_journal(side, conversation),
+        )
 
     def _collect(self, setting: Setting) -> dict[str, float]:
         coordinator = CoordinatorDriver(setting)

@@ -31,6 +31,7 @@ __all__ = ["Follower", "FollowerContext", "use_deepspeed"]
 _DEEPSPEED = "FATE_LLM_DEEPSPEED"  # environment of every rank: DeepSpeed's configuration as JSON; components read it
 _CATALOG = "catalog:"
 _NOTHING: Mapping[str, Kept] = MappingProxyType({})
+_UNSET: Mapping[str, Any] = MappingProxyType({})
 T = TypeVar("T")
 
 
@@ -124,7 +125,13 @@ class FollowerContext:
         return derive_seed(self._follower.spec.job.seed, *labels)
 
     def contributor_rounds(
-        self, count: int, *, protection: str, hooks: Sequence[UpdateHook] = (), keep: Mapping[str, Kept] = _NOTHING
+        self,
+        count: int,
+        *,
+        protection: str,
+        protection_params: Mapping[str, Any] = _UNSET,
+        hooks: Sequence[UpdateHook] = (),
+        keep: Mapping[str, Kept] = _NOTHING,
     ) -> ContributorRounds:
         return _NoRounds()
 
@@ -133,11 +140,15 @@ class FollowerContext:
         count: int,
         *,
         protection: str,
+        protection_params: Mapping[str, Any] = _UNSET,
         hooks: Sequence[UpdateHook] = (),
         keep_terms: bool = False,
         keep: Mapping[str, Kept] = _NOTHING,
     ) -> CoordinatorRounds:
         self._refuse("coordinates")
+
+    def holder_rounds(self, *, protection: str, protection_params: Mapping[str, Any] = _UNSET) -> None:
+        self._refuse("holds a key")
 
     def turn(self) -> AbstractContextManager[None]:
         return nullcontext()

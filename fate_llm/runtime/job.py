@@ -16,7 +16,9 @@ from fate_llm.core.errors import ConfigurationError, FateError, JobCancelled, Po
 from fate_llm.core.values import ArtifactKind
 from fate_llm.pipelines.dialect import dump
 from fate_llm.pipelines.schema import PipelineSpec
+from fate_llm.pipelines.sums import hiding_tasks
 
+from .aggregates import watching_aggregates
 from .assign import assignments
 from .attempt import Attempt, Order, Outcome, Runtime
 from .events import EventLog, Observer
@@ -144,7 +146,9 @@ class Submission:
         self._plan = assignments(spec)
         self.job_id = job_id
         self.folder = JobFolder.create(workdir, job_id)
-        self._events = EventLog(now=now, observers=tuple(observers))
+        hiding = hiding_tasks(spec)
+        shown = tuple(watching_aggregates(observer, hiding) for observer in observers)
+        self._events = EventLog(now=now, observers=shown)
         self._job: Attempt | None = None
         self._cancelled: str | None = None
 

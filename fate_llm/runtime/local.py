@@ -1,6 +1,7 @@
 """All parties of a job on one machine: a thread each, the in-memory transport, one frozen base model.
 
-Every party runs the same code as in a process of its own; only the transport and the sharing differ.
+Every party runs the same code as in a process of its own; only the transport and the sharing differ. The parties'
+identities are made for the attempt.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from fate_llm.core.interfaces import Transport
 from fate_llm.core.values import Roster
 from fate_llm.protocols.channel import JobChannel
 from fate_llm.protocols.transports.memory import MemoryNetwork
+from fate_llm.security.identity import Identity
+from fate_llm.security.signer import RosterSigner
 
 from .attempt import Order, Outcome, cause_of
 from .context import JobSetting
@@ -47,6 +50,7 @@ class LocalRuntime:
             folder=order.folder,
             events=order.events,
             finished=order.finished,
+            attempt=order.number,
         )
 
 
@@ -66,8 +70,11 @@ class LocalJob:
         events: EventLog,
         finished: Mapping[str, Mapping[str, Mapping[str, str]]] | None = None,
         network: MemoryNetwork | None = None,
+        attempt: int = 1,
     ) -> None:
         one_malloc_arena()
+        identities = {party: Identity.generate() for party in roster}
+        known = {party: identity.public for party, identity in identities.items()}
         network = network or MemoryNetwork()
         sharing = Sharing()
         self._cancelled = False
@@ -94,7 +101,9 @@ class LocalJob:
                 channel,
                 events,
                 sharing,
+                attempt=attempt,
                 catalog=local_catalog(base, party).paths(),
+                signer=RosterSigner(identities[party], known),
             )
             self._channels[party] = channel
             self._runs[party] = PartyRun(setting, assignments.get(party, ()), (finished or {}).get(party, {}))

@@ -29,12 +29,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from fate_llm.core.errors import FateError, InternalError, error_from
+from fate_llm.core.values import SumFloor
 from fate_llm.pipelines.check import check
 from fate_llm.pipelines.schema import PipelineSpec
 from fate_llm.protocols.channel import JobChannel, Passed
 from fate_llm.protocols.link import SecureLink, Timing
 from fate_llm.protocols.transports.rabbitmq import BrokerAddress, RabbitTransport
 from fate_llm.security.identity import Identity, PublicIdentity
+from fate_llm.security.signer import RosterSigner
 
 from .assign import assignments
 from .context import JobSetting
@@ -142,7 +144,7 @@ def _recorder(order: Mapping[str, Any]) -> Recorder | None:
     return Recorder(
         Path(order["audit"]["folder"]),
         Path(order["audit"]["transcript"]),
-        identity=Identity.from_bytes(bytes.fromhex(order["identity"])),
+        identity=_identity(order),
         party=order["party"],
         job=order["job"],
         attempt=order["attempt"],
@@ -150,11 +152,19 @@ def _recorder(order: Mapping[str, Any]) -> Recorder | None:
     )
 
 
+def _identity(order: Mapping[str, Any]) -> Identity:
+    return Identity.from_bytes(bytes.fromhex(order["identity"]))
+
+
+def _roster(order: Mapping[str, Any]) -> dict[str, PublicIdentity]:
+    return {name: PublicIdentity.from_text(text) for name, text in order["roster"].items()}
+
+
 def _run(
     order: Mapping[str, Any], spec: PipelineSpec, folder: PartyFolder, channel: JobChannel, events: EventLog
 ) -> dict[str, Any]:
     """Run all tasks; how they ended, and what they left."""
-    base = Path(order["base"])
+    base, identity = Path(order["base"]), _identity(order)
     setting = JobSetting(
         order["job"],
         order["party"],
@@ -170,6 +180,9 @@ def _run(
         durable=bool(order.get("durable")),
         catalog=order.get("catalog", {}),
         floor=order.get("floor", PROTECTIONS[0]),
+        sum_floor=SumFloor(**order.get("sum_floor", {})),
+        signer=RosterSigner(identity, _roster(order)),
+        sum_key=identity.storage_key("sum journal"),
     )
     run = PartyRun(setting, assignments(spec)[order["party"]], order["finished"])
     run.run()
@@ -188,7 +201,7 @@ def _connect(
 ) -> tuple[RabbitTransport, SecureLink, JobChannel]:
     party, job, attempt = order["party"], order["job"], order["attempt"]
     durable = bool(order.get("durable"))
-    roster = {name: PublicIdentity.from_text(text) for name, text in order["roster"].items()}
+    roster = _roster(order)
     transport = RabbitTransport(
         BrokerAddress.from_url(order["broker"]),
         party=party,
@@ -210,7 +223,7 @@ def _connect(
         job=job,
         attempt=attempt,
         party=party,
-        identity=Identity.from_bytes(bytes.fromhex(order["identity"])),
+        identity=_identity(order),
         roster=roster,
         folder=journal,
         timing=Timing(**{**(_PATIENT if durable else {}), **order.get("timing", {})}),

@@ -29,7 +29,7 @@ THIRD_PARTY = {
     "": set(),
     "core": {"pydantic", "numpy"},
     "security": {"numpy", "cryptography", "tenseal", "dp_accounting"},
-    "protocols": {"numpy", "safetensors", "zstandard", "ml_dtypes", "pika"},
+    "protocols": {"numpy", "pydantic", "safetensors", "zstandard", "ml_dtypes", "pika"},
     "pipelines": {"pydantic", "pydantic_core", "yaml"},
     "runtime": {
         "alembic",
@@ -49,6 +49,7 @@ THIRD_PARTY = {
 }
 ONLY_IN = {
     "pika": ("protocols/transports/rabbitmq.py",),
+    "tenseal": ("security/ckks.py",),
     "torch": ("components/",),
     "transformers": ("components/",),
     "peft": ("components/",),
@@ -67,6 +68,8 @@ IMPURE = {"time", "random", "secrets", "threading", "datetime", "asyncio", "sock
 PURE = (
     "protocols/rounds/machine.py",
     "protocols/sums/",
+    "protocols/secagg/",
+    "protocols/homomorphic/",
     "runtime/service/lead.py",
     "runtime/service/part.py",
     "runtime/service/slots.py",

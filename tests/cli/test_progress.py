@@ -63,6 +63,10 @@ def test_steps_closed_rounds_notes_and_failures() -> None:
     ]
 
 
+def test_a_step_of_which_nothing_is_shown_is_no_line() -> None:
+    assert said(event("step", round=1, rounds=4)) == []
+
+
 def test_what_a_policy_hides_leaves_no_hole() -> None:
     # Given lines of a partner that shows rounds and losses, and neither steps nor bytes
     lines = said(

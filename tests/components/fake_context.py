@@ -66,7 +66,17 @@ class FakeChannel:
         others = [party for party in self.cohort.contributors if party != self.me]
         return {party: self.receive(party, name, timeout=timeout) for party in others}
 
-    def aggregate(self, name: str, update: Any, *, protection: str) -> Any:
+    def aggregate(
+        self,
+        name: str,
+        update: Any,
+        *,
+        protection: str,
+        protection_params: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Any:
+        raise NotImplementedError("the fake channel does not sum")
+
+    def hold(self, name: str, *, protection: str, protection_params: Mapping[str, Any] = MappingProxyType({})) -> None:
         raise NotImplementedError("the fake channel does not sum")
 
 
@@ -107,7 +117,13 @@ class FakeContext:
         return derive_seed(self.job_seed, *labels)
 
     def contributor_rounds(
-        self, count: int, *, protection: str, hooks: Sequence[Any] = (), keep: Mapping[str, Any] = MappingProxyType({})
+        self,
+        count: int,
+        *,
+        protection: str,
+        protection_params: Mapping[str, Any] = MappingProxyType({}),
+        hooks: Sequence[Any] = (),
+        keep: Mapping[str, Any] = MappingProxyType({}),
     ) -> Any:
         raise NotImplementedError("the fake context has no rounds")
 
@@ -116,10 +132,14 @@ class FakeContext:
         count: int,
         *,
         protection: str,
+        protection_params: Mapping[str, Any] = MappingProxyType({}),
         hooks: Sequence[Any] = (),
         keep_terms: bool = False,
         keep: Mapping[str, Any] = MappingProxyType({}),
     ) -> Any:
+        raise NotImplementedError("the fake context has no rounds")
+
+    def holder_rounds(self, *, protection: str, protection_params: Mapping[str, Any] = MappingProxyType({})) -> None:
         raise NotImplementedError("the fake context has no rounds")
 
     @contextmanager

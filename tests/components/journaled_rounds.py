@@ -134,7 +134,14 @@ class _FinalChannel:
     def __init__(self, federation: Federation) -> None:
         self._federation = federation
 
-    def aggregate(self, name: str, sums: Mapping[str, float] | None, *, protection: str) -> dict[str, float]:
+    def aggregate(
+        self,
+        name: str,
+        sums: Mapping[str, float] | None,
+        *,
+        protection: str,
+        protection_params: Mapping[str, Any] | None = None,
+    ) -> dict[str, float]:
         self._federation.kill("final", 0)
         return dict(sums or {})
 
@@ -147,7 +154,13 @@ class PartyContext(FakeContext):
     journal: Path | None = None
 
     def contributor_rounds(
-        self, count: int, *, protection: str, hooks: Any = (), keep: Mapping[str, Any] = MappingProxyType({})
+        self,
+        count: int,
+        *,
+        protection: str,
+        protection_params: Mapping[str, Any] = MappingProxyType({}),
+        hooks: Any = (),
+        keep: Mapping[str, Any] = MappingProxyType({}),
     ) -> JournaledRounds:
         if self.journal is not None:
             self.journal.mkdir(parents=True, exist_ok=True)

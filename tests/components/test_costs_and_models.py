@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,13 @@ import pytest
 
 from fate_llm.components.evaluator import Evaluator
 from fate_llm.components.homo_llm_trainer import HomoLlmTrainer
-from fate_llm.components.llm.costs import PLAIN_PROCESS
+from fate_llm.components.llm.costs import ENVELOPE, HANDSHAKE, PLAIN_PROCESS, hidden_bytes
 from fate_llm.components.llm.modelref import ModelRef
 from fate_llm.components.llm.models import Loading, cache_folder, device_of, load_base, load_tokenizer, own_tree
 from fate_llm.components.llm.plots import loss_plot
 from fate_llm.components.llm.turns import Turns
 from fate_llm.components.reader import Reader
+from fate_llm.core import plugins
 from fate_llm.core.errors import MissingExtra, ModelError
 from fate_llm.core.interfaces import PlanView
 from fate_llm.core.values import Cohort, Roster
@@ -63,6 +66,46 @@ class TestTrainingCost:
         full = HomoLlmTrainer().estimate(view(tmp_path, str(model), peft={"method": "full"}))
         assert max(t.bytes_each or 0 for t in full.traffic) > max(t.bytes_each or 0 for t in lora.traffic)
         assert (full.memory_bytes or 0) > (lora.memory_bytes or 0)
+
+    def test_a_masked_update_is_as_large_as_a_plain_one_and_keys_go_besides(self, model: Path, tmp_path: Path) -> None:
+        plain = HomoLlmTrainer().estimate(view(tmp_path, str(model)))
+        masked = HomoLlmTrainer().estimate(view(tmp_path, str(model), protection="secagg"))
+        sizes = [{t.what: t.bytes_each or 0 for t in cost.traffic} for cost in (plain, masked)]
+        values = 2 * (8 * (32 + 32) + 8 * (32 + 16))
+        assert sizes[1]["update"] == 4 * values + ENVELOPE <= sizes[0]["update"]
+        assert sizes[1]["new state"] == sizes[0]["new state"]
+        keys = [t for t in masked.traffic if t.what == "keys, shares, signatures"]
+        assert {(t.sender, t.receiver, t.times) for t in keys} == {
+            (*pair, times)
+            for pair in permutations(("bank-a", "consortium"), 2)
+            for times in (3, 1)  # of each round, and of the closing sum
+        } | {(*pair, times) for pair in permutations(("bank-b", "consortium"), 2) for times in (3, 1)}
+        assert all(0 < (t.bytes_each or 0) - HANDSHAKE < 2 * 1024 for t in keys), "at most 1 KiB for each peer"
+        assert not any(t.what.startswith("keys") for t in plain.traffic)
+
+    def test_encrypted_updates_come_in_whole_ciphertexts_and_are_opened_elsewhere(
+        self, model: Path, tmp_path: Path
+    ) -> None:
+        given = replace(
+            view(tmp_path, str(model), protection="ckks"), roster=Roster("bank-a", ("bank-b",), "consortium", "keys")
+        )
+        cost = HomoLlmTrainer().estimate(given)
+        update = next(t for t in cost.traffic if t.what == "update")
+        assert update.bytes_each == 131_217 + ENVELOPE
+        opened = [(t.sender, t.receiver, t.times) for t in cost.traffic if "keys" in (t.sender, t.receiver)]
+        assert ("consortium", "keys", 3) in opened
+        assert ("keys", "consortium", 3) in opened
+        sealed = [t for t in cost.traffic if t.what == "encrypted sums"]
+        assert [(t.sender, t.times, t.bytes_each) for t in sealed] == [
+            ("bank-a", 1, 131_217 + ENVELOPE),
+            ("bank-b", 1, 131_217 + ENVELOPE),
+        ]
+
+    @pytest.mark.parametrize(("values", "ciphertexts"), [(0, 1), (4032, 1), (4033, 2), (10_000_000, 2442)])
+    def test_bytes_of_a_hidden_term(self, values: int, ciphertexts: int) -> None:
+        assert hidden_bytes(plugins.load("sum", "secagg"), values) == 4 * values
+        assert hidden_bytes(plugins.load("sum", "ckks"), values) == 131_217 * ciphertexts
+        assert values < 10**6 or 32 < 131_217 * ciphertexts / values < 33, "bytes for each value"
 
     def test_an_encoding_makes_updates_smaller_and_states_not(self, model: Path, tmp_path: Path) -> None:
         def bytes_of(*names: str) -> tuple[int, int, tuple[str, ...]]:

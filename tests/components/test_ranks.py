@@ -76,7 +76,8 @@ class TestOneRank:
             def contributor_rounds(self, *args: Any, **kwargs: Any) -> Any:
                 return real
 
-        found = alone.contributor_rounds(Ctx(), 3, protection="plain", hooks=(), keep={})  # type: ignore[arg-type]
+        ctx: Any = Ctx()
+        found = alone.contributor_rounds(ctx, 3, protection="plain", protection_params={}, hooks=(), keep={})
         assert found is real and not isinstance(found, RankedRounds)
         assert alone.share(lambda: ({"a": 1}, {})) == ({"a": 1}, {})
         assert alone.total([1.5, 2.0]) == [1.5, 2.0]

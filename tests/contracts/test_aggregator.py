@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from fate_llm.core import plugins
 from fate_llm.core.errors import ProtectionError
-from fate_llm.core.interfaces import Aggregator, Frozen, SumFinished, SumReceived
+from fate_llm.core.interfaces import Aggregator, Frozen, SumFinished, SumReceived, SumScene
 from fate_llm.core.values import Cohort, Payload, Total, Update
 from fate_llm.protocols.sums.plain import PlainSum
 
@@ -38,7 +38,7 @@ def vector(*values: float) -> dict[str, np.ndarray]:
 def total_of(updates: dict[str, Update]) -> Total:
     cohort = Cohort(tuple(sorted(updates)), "z", len(updates))
     arrays = next(iter(updates.values())).arrays
-    server = PlainSum().server(cohort, {n: a.shape for n, a in arrays.items()}, keep_terms=True)
+    server = PlainSum().server(SumScene(cohort, "z", {n: a.shape for n, a in arrays.items()}), keep_terms=True)
     for party, update in updates.items():
         actions = server.handle(SumReceived(party, Payload({"weight": update.weight, "sums": {}}, update.arrays)))
     (finished,) = actions

@@ -39,6 +39,8 @@ CODES = {
     "store_lost": 4,
     "transport_closed": 4,
     "protection_refused": 5,
+    "unsafe_request": 5,
+    "inconsistent_view": 5,
     "cancelled": 130,
     "internal": 70,
 }

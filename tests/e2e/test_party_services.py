@@ -678,6 +678,31 @@ def test_nothing_private_is_written_or_told_anywhere(services: LiveServices) -> 
 # --- 12, 13. looking at jobs, and the API as others use it ------------------------------------------------------------
 
 
+@pytest.mark.parametrize("protection", ["plain", "secagg"])
+def test_of_a_job_that_hides_terms_a_guest_sees_totals_whatever_policies_show(
+    services: LiveServices, protection: str
+) -> None:
+    # Given hosts whose policies show everything, and that count numbers of their own in all of their events
+    planted = {"a": 90_210_101, "b": 90_210_202, "c": 90_210_303}
+    data = steps(rounds=2, protection=protection)
+    if protection == "secagg":
+        data["tasks"]["steps"]["params"]["protection_params"] = {"clip": 16.0, "largest_weight": 1.0}
+    data["overrides"] = {party: {"steps": {"params": {"planted": mine}}} for party, mine in planted.items()}
+    # (so that the pipeline itself, which every party has, is no place where they are found)
+    job = services.submit(data)
+    assert services.ended_everywhere(job)["a"]["state"] == "success"
+    # When the guest reads all that it was told
+    lines = cli(services["a"], "jobs", "logs", job, "--json")
+    own = [json.loads(line) for line in lines.splitlines()]
+    shown = {party: str([line for line in own if line["party"] == party]) for party in MEMBERS}
+    # Then it sees the others' numbers where they are not hidden, and where they are only the total
+    for party in ("b", "c"):
+        assert (str(planted[party]) in shown[party]) == (protection == "plain")
+        assert "'loss': 2.5" in shown[party]
+        assert str(planted[party]) in str(services[party].events(job)), "its own file has them"
+    assert str(planted["a"]) in shown["a"], "its own"
+
+
 def test_every_party_lists_its_jobs(services: LiveServices) -> None:
     job = services.submit(toys.toy_pipeline())
     services.ended_everywhere(job)

@@ -48,6 +48,10 @@ def _action(args: tuple[Any, ...], _: dict[str, Any]) -> str:
     return type(args[2]).__name__
 
 
+def _kept(args: tuple[Any, ...], _: dict[str, Any]) -> str:
+    return f"{args[2].name}/{args[1]}"
+
+
 def _chunk(_: tuple[Any, ...], __: dict[str, Any]) -> str:
     _sending.chunks = getattr(_sending, "chunks", 0) + 1
     return f"{getattr(_sending, 'message', '')}/{_sending.chunks}"
@@ -61,6 +65,7 @@ WORKER: dict[str, tuple[str, str, str, Label | None]] = {
     "seal": (f"{_LINK}.peer", "Peer", "seal", _chunk),
     "collect": (_ROUNDS, "CoordinatorDriver", "_collect", _number),
     "commit": ("fate_llm.runtime.journal", "RoundFolder", "commit", _number),
+    "keep": ("fate_llm.runtime.sum_journal", "SumFolder", "keep", _kept),
     "done": ("fate_llm.protocols.channel", "JobChannel", "announce_done", None),
     "close": ("fate_llm.protocols.channel", "JobChannel", "close", None),
 }

@@ -104,6 +104,7 @@ class Trainer(Quiet):
         epochs: int | None = None
         aggregator: str = Field("mean", json_schema_extra={"plugin": "aggregator"})
         protection: str = Field("open", json_schema_extra={"plugin": "sum"})
+        protection_params: dict[str, Any] = Field(default_factory=dict)
         hooks: tuple[HookRef, ...] = ()
 
         @model_validator(mode="after")
@@ -198,13 +199,22 @@ class Median:
 
 
 class Open:
+    Params = Frozen
     hides_terms = False
+    needs_key_holder = False
     summary = "the coordinator sees every term"
+    learns: ClassVar[dict[str, str]] = {"coordinator": "every term"}
 
 
 class Sealed:
+    class Params(Frozen):
+        clip: float = Field(1.0, gt=0)
+        threshold: int | None = Field(None, ge=1)
+
     hides_terms = True
+    needs_key_holder = False
     summary = "the coordinator sees the sum"
+    learns: ClassVar[dict[str, str]] = {"coordinator": "the sum; no term", "contributors": "the sum"}
 
 
 class Clip:

@@ -17,7 +17,7 @@ EXAMPLES = sorted(FOLDER.glob("*.yaml"))
 
 
 def test_there_are_examples() -> None:
-    assert {"quickstart.yaml", "compare.yaml"} <= {path.name for path in EXAMPLES}
+    assert {"quickstart.yaml", "compare.yaml", "secure_aggregation.yaml"} <= {path.name for path in EXAMPLES}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from fate_llm.core.values import Role
+from fate_llm.core.values import Cohort, Role
 from fate_llm.pipelines.check import check
 from fate_llm.pipelines.plan import Plan, make_plan
+from fate_llm.pipelines.plan_protection import ProtectionPlan
 
 pytestmark = pytest.mark.usefixtures("registry")
 
@@ -181,6 +182,72 @@ def test_sizes_are_for_people(valid: Valid, registry: dict[str, dict[str, Any]],
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry["component"]["source"], "estimate", lambda self, view: Estimate(memory_bytes=count))
         assert f"memory of a contributor: {text}\n" in str(plan_of(data)) + "\n"
+
+
+def hidden(valid: Valid, **changes: Any) -> Plan:
+    data = valid()
+    data["tasks"]["tune"]["params"] |= {"protection": "sealed"} | changes.pop("params", {})
+    return plan_of(data, **changes)
+
+
+def test_the_plan_says_what_each_role_learns_under_a_protection_that_hides(valid: Valid) -> None:
+    plan = hidden(valid)
+    (found,) = plan.tasks[2].protections
+    assert list(found.lines()) == [
+        "coordinator consortium: the sum; no term",
+        "contributors bank-a, bank-b, bank-c: the sum",
+        "threshold: 3 of 3 contributors must stay to the end of a round; with fewer the round is refused and nothing "
+        "is opened",
+        "values of an update are cut to 1 in size; the result comes with a bound on its error",
+    ]
+    for line in found.lines():
+        assert f"     {line}\n" in str(plan)
+    assert plan.tasks[2].as_dict()["protections"] == [
+        {
+            "protection": "sealed",
+            "learns": {"coordinator": "the sum; no term", "contributors": "the sum"},
+            "counted": 3,
+            "threshold": 3,
+            "clip": 1.0,
+            "key_holder": None,
+            "shared_key": False,
+            "notes": list(found.notes()),
+        }
+    ]
+
+
+def test_one_that_adds_up_is_said_not_to_count(valid: Valid) -> None:
+    parties = {"guest": "bank-a", "hosts": ["bank-b", "bank-c", "bank-d", "bank-e"]}
+    (found,) = hidden(valid, parties=parties, params={"protection_params": {"threshold": 4}}).tasks[2].protections
+    assert (found.counted, found.threshold) == (4, 4)
+    assert any("4 of 4 contributors" in note and "the one that adds up not counted" in note for note in found.notes())
+
+
+def test_retries_and_rounds_that_were_answered(valid: Valid) -> None:
+    (without,) = hidden(valid).tasks[2].protections
+    (found,) = hidden(valid, job={"retries": 2}).tasks[2].protections
+    assert set(found.notes()) - set(without.notes()) == {
+        "a round that was answered is not repeated by a retry: where one party had answered and the job is tried "
+        "again, the task fails for good"
+    }
+
+
+def test_what_shows_terms_has_nothing_to_say_of_hiding(valid: Valid) -> None:
+    plan = plan_of(valid())
+    assert [task.protections for task in plan.tasks] == [(), (), (), ()]
+    assert "threshold" not in str(plan)
+
+
+def test_a_shared_key_is_said_loudly() -> None:
+    cohort = Cohort(("a", "b", "c"), "z", 3)
+    learns = {"coordinator": "boxes", "key_holder": "the sum", "key_holder with coordinator": "everything"}
+    for holder, shared, loud in (("b", True, True), ("k", True, False), ("k", False, False)):
+        found = ProtectionPlan("boxed", learns, cohort, 3, None, None, holder, shared, 0)
+        text = "\n".join(found.lines())
+        assert text.startswith(
+            "coordinator z: boxes\nkey holder " + f"{holder}: the sum\nkey holder with coordinator: "
+        )
+        assert (f"SHARED KEY: {holder} holds the key and contributes" in text) == loud
 
 
 def test_the_plan_is_plain_values_too(valid: Valid) -> None:

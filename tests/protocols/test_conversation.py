@@ -18,7 +18,7 @@ MakeCohort = Callable[..., Cohort]
 
 
 def view(channel: JobChannel, cohort: Cohort, *, task: str = "t", patience: float = 10.0) -> TaskChannel:
-    return TaskChannel(channel, task, cohort, patience, lambda name: PlainSum(), lambda event, **fields: None)
+    return TaskChannel(channel, task, cohort, patience, lambda name, params: PlainSum(), lambda event, **fields: None)
 
 
 def test_messages_go_by_task_and_name(make_channels: Make, make_cohort: MakeCohort) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fate_llm.core.errors import FateError, InternalError, PeerViolation, ProtectionError, QuorumLost
-from fate_llm.core.interfaces import SumAction, SumEvent, SumReceived, SumSend
+from fate_llm.core.interfaces import SumAction, SumEvent, SumReceived, SumScene, SumSend
 from fate_llm.core.values import Cohort, Payload, Total, Update
 from fate_llm.protocols.rounds import machine as machines
 from fate_llm.protocols.rounds.machine import (
@@ -88,7 +88,7 @@ def hello(cohort: Cohort, party: str, size: int = 2) -> Heard:
 
 
 def term(cohort: Cohort, party: str, number: int, value: float = 1.0, weight: float = 1.0) -> Heard:
-    sides = PlainSum().party(cohort, party, {"w": (2,)})
+    sides = PlainSum().party(SumScene(cohort, party, {"w": (2,)}))
     (send,) = sides.handle(machines.SumContribute(update(value, weight)))
     assert isinstance(send, SumSend)
     return Heard(party, TERM, number, send.body)
@@ -652,14 +652,17 @@ def test_messages_of_a_sum_with_more_than_one_stage_go_both_ways(make_cohort: Ma
             def awaiting(self) -> frozenset[str]:
                 return frozenset(self.inner.awaiting)
 
+            able = property(lambda self: self.inner.able)
+            least, stage = 1, 0
+
             def handle(self, event: SumEvent) -> list[SumAction]:
                 if isinstance(event, SumReceived) and not self.asked:
                     self.asked = True
                     return [SumSend(p, Payload({"ask": 1})) for p in self.cohort.contributors]
                 return list(self.inner.handle(event))
 
-        def server(self, cohort: Cohort, layout: Any, *, keep_terms: bool = False) -> Any:
-            return self._Server(super().server(cohort, layout), cohort)
+        def server(self, scene: SumScene, **options: Any) -> Any:
+            return self._Server(super().server(scene), scene.cohort)
 
     cohort = make_cohort(2)
     machine = CoordinatorMachine(cohort, 1, PATIENCE, Echo())

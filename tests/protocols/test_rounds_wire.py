@@ -18,6 +18,7 @@ from fate_llm.core.interfaces import (
     SumContribute,
     SumExpired,
     SumReceived,
+    SumScene,
     SumSend,
     UpdateHook,
     WireHook,
@@ -160,11 +161,11 @@ def test_the_sum_of_encoded_terms_is_the_sum_of_the_terms() -> None:
     cohort, notes = Cohort(("a", "b"), "z", 2), []
     secure_sum = wired(Doubled(notes), number=7)
     assert isinstance(secure_sum, WiredSum)
-    server = secure_sum.server(cohort, LAYOUT)
+    server = secure_sum.server(SumScene(cohort, "z", LAYOUT))
     assert server.awaiting == {"a", "b"}
     for party, value in (("a", 1.0), ("b", 4.0)):
         update = Update({"w": np.full(3, value, np.float32)}, 1.0)
-        (send,) = secure_sum.party(cohort, party, LAYOUT).handle(SumContribute(update))
+        (send,) = secure_sum.party(SumScene(cohort, party, LAYOUT)).handle(SumContribute(update))
         assert isinstance(send, SumSend)
         assert send.body.tensors["w"].tolist() == [2 * value] * 3
         actions = server.handle(SumReceived(party, send.body))
@@ -176,7 +177,7 @@ def test_terms_nobody_waits_for_are_refused_unread() -> None:
     # Given a sum that has its term of a
     notes: list[Any] = []
     secure_sum = wired(Doubled(notes))
-    server = secure_sum.server(Cohort(("a", "b"), "z", 1), LAYOUT)
+    server = secure_sum.server(SumScene(Cohort(("a", "b"), "z", 1), "z", LAYOUT))
     encoded = Doubled().encode(TERM, 1)
     server.handle(SumReceived("a", encoded))
     before = list(notes)
@@ -191,14 +192,14 @@ def test_terms_nobody_waits_for_are_refused_unread() -> None:
 
 
 def test_a_term_that_cannot_be_decoded_changes_nothing() -> None:
-    server = wired(Doubled()).server(Cohort(("a", "b"), "z", 1), LAYOUT)
+    server = wired(Doubled()).server(SumScene(Cohort(("a", "b"), "z", 1), "z", LAYOUT))
     with pytest.raises(PeerViolation, match="no float64"):
         server.handle(SumReceived("a", TERM))
     assert server.awaiting == {"a", "b"}
 
 
 def test_terms_are_kept_as_they_were_before_the_wire() -> None:
-    server = wired(Doubled()).server(Cohort(("a",), "z", 1), LAYOUT, keep_terms=True)
+    server = wired(Doubled()).server(SumScene(Cohort(("a",), "z", 1), "z", LAYOUT), keep_terms=True)
     (done,) = server.handle(SumReceived("a", Doubled().encode(TERM, 1)))
     assert done.total.terms["a"].arrays["w"].tolist() == [1.0, 2.0, 3.0]
 

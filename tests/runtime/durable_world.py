@@ -29,6 +29,8 @@ from fate_llm.runtime.jobfolder import PartyFolder
 from fate_llm.runtime.journal import RoundFolder
 from fate_llm.runtime.party import PartyRun
 from fate_llm.runtime.sharing import Sharing
+from fate_llm.runtime.sum_journal import SumFolder
+from tests.masking import TestSigner
 
 NEVER = 10**9
 HANGS = 60.0  # seconds after which a world that does not end is called so
@@ -144,6 +146,7 @@ class DurableWorld:
         self._errors: list[BaseException] = []
         self.watch: Callable[[Event], None] = self.events.append
         monkeypatch.setattr(context, "RoundFolder", self._journal)
+        monkeypatch.setattr(context, "SumFolder", self._sum_journal)
         monkeypatch.setattr(party, "replace_json", self._note)
         monkeypatch.setattr(os, "fsync", lambda file: None)  # no power is cut here
 
@@ -221,6 +224,8 @@ class DurableWorld:
             Sharing(),
             attempt=self.attempt,
             durable=True,
+            signer=TestSigner(name, tuple(self.spec.members)),
+            sum_key=name.encode().ljust(32, b"."),
         )
         run = PartyRun(setting, self.plan[name], self.finished.get(name, {}))
         run.run()
@@ -254,6 +259,22 @@ class DurableWorld:
                 world._life_of(folder).act(f"committed {folder.name} {args[0]}")
 
         return Mortal(folder, attempt=attempt)
+
+    def _sum_journal(self, folder: Path, **settings: Any) -> SumFolder:
+        world = self
+
+        class Mortal(SumFolder):
+            def keep(self, round: int, action: Any) -> None:
+                world._life_of(folder).act(f"keep {action.name} {round}")
+                super().keep(round, action)
+                world._life_of(folder).act(f"kept {action.name} {round}")
+
+            def close(self, round: int) -> None:
+                world._life_of(folder).act(f"close {round}")
+                super().close(round)
+                world._life_of(folder).act(f"closed {round}")
+
+        return Mortal(folder, **settings)
 
     def _note(self, path: Path, value: Any) -> None:
         from fate_llm.runtime.journal import replace_json

@@ -11,14 +11,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fate_llm.core.errors import DataError, InternalError, JobCancelled, PolicyError, UnknownPlugin
+from fate_llm.core.errors import (
+    ConfigurationError,
+    DataError,
+    InternalError,
+    JobCancelled,
+    PolicyError,
+    UnknownPlugin,
+)
+from fate_llm.core.interfaces import SumKeep
 from fate_llm.core.seeds import derive_seed
-from fate_llm.core.values import Cohort, Role, Roster
+from fate_llm.core.values import Cohort, Payload, Role, Roster, SumFloor
 from fate_llm.protocols.channel import JobChannel
+from fate_llm.protocols.sums.secagg import SecAgg
 from fate_llm.runtime.context import JobSetting, TaskContext, load_sum
 from fate_llm.runtime.events import Event, EventLog
 from fate_llm.runtime.jobfolder import PartyFolder
 from fate_llm.runtime.sharing import Sharing
+from fate_llm.security.identity import Identity
+from fate_llm.security.signer import RosterSigner
 
 MakeContext = Callable[..., TaskContext]
 
@@ -119,6 +130,86 @@ def test_a_sum_below_the_floor_of_the_party_is_refused_before_anything_is_said(
         ctx.channel.aggregate("lengths", {"n": 1.0}, protection="plain")
     assert channels["a"].sent_bytes() == 0
     make_context(floor="plain").contributor_rounds(1, protection="plain")
+
+
+# --- protections with params ----------------------------------------------------------------------------------
+
+
+def test_a_protection_is_made_with_its_params() -> None:
+    made = load_sum("secagg", {"clip": 4.0, "threshold": 5})
+    assert isinstance(made, SecAgg)
+    assert made._params == SecAgg.Params(clip=4.0, threshold=5)
+    assert load_sum("secagg").hides_terms
+
+
+@pytest.mark.parametrize(
+    ("params", "texts"),
+    [
+        ({"clop": 1}, ["protection_params.clop"]),
+        ({"clip": -1, "threshold": "many"}, ["protection_params.clip", "protection_params.threshold"]),
+    ],
+)
+def test_params_that_are_not_valid_are_named_all_at_once(
+    make_context: MakeContext, params: dict[str, Any], texts: list[str]
+) -> None:
+    ctx = make_context()
+    for call in (
+        lambda: ctx.contributor_rounds(1, protection="secagg", protection_params=params),
+        lambda: ctx.coordinator_rounds(1, protection="secagg", protection_params=params),
+        lambda: ctx.holder_rounds(protection="secagg", protection_params=params),
+        lambda: ctx.channel.aggregate("n", {"n": 1.0}, protection="secagg", protection_params=params),
+    ):
+        with pytest.raises(ConfigurationError) as caught:
+            call()
+        assert all(text in caught.value.message for text in texts)
+        assert caught.value.hint.startswith("params of secagg: clip, largest_weight, threshold")
+
+
+def test_params_of_a_protection_without_any_are_refused(make_context: MakeContext) -> None:
+    with pytest.raises(ConfigurationError, match=r"protection_params\.clip") as caught:
+        make_context().contributor_rounds(1, protection="plain", protection_params={"clip": 1.0})
+    assert caught.value.hint == "params of plain: none"
+
+
+def test_a_sum_is_bound_to_job_attempt_conversation_and_floor(make_context: MakeContext) -> None:
+    # Given a party with a floor, an identity and a key holder in its roster
+    identity = Identity(bytes(32))
+    signer = RosterSigner(identity, {"a": identity.public})
+    ctx = make_context(attempt=3, sum_floor=SumFloor(4, 5, 0.5), signer=signer)
+    ctx._setting = dataclasses.replace(ctx._setting, roster=Roster("a", (), "z", "k"))
+    # When it uses rounds twice
+    scenes = [ctx._rounds("contributor", 1, "plain", load_sum("plain")).scene for _ in range(2)]
+    # Then each has a conversation of its own, and all else is the same
+    assert [scene.conversation for scene in scenes if scene is not None] == ["tune", "tune#2"]
+    for scene in scenes:
+        assert scene is not None
+        assert (scene.job, scene.attempt, scene.me, scene.key_holder) == ("job", 3, "a", "k")
+        assert scene.floor == SumFloor(4, 5, 0.5)
+        assert scene.signer is signer
+        assert scene.cohort == ctx.cohort
+    assert make_context().channel.scene is not None
+    assert make_context()._setting.sum_floor == SumFloor(3, None, None), "what a party asks that has said nothing"
+
+
+def test_each_side_and_conversation_has_a_journal_of_its_sums(make_context: MakeContext, tmp_path: Path) -> None:
+    setting = make_context()._setting
+    note = SumKeep("answered", Payload({"attempt": 1}), lasting=True)
+    for side in ("contributor", "coordinator"):
+        for conversation in ("tune", "tune/final/1"):
+            setting.sum_journal(side, conversation).keep(1, note)
+    found = {path.name for path in (tmp_path / "parties" / "a" / "journal").iterdir()}
+    assert len(found) == 4
+    # And a secret is written by a party that outlives its process only, under its own key
+    secret = SumKeep("drawn", Payload({"seed": "5eed"}), secret=True)
+    setting.sum_journal("contributor", "tune").keep(1, secret)
+    assert not list(tmp_path.rglob("drawn.entry"))
+    durable = dataclasses.replace(setting, durable=True)
+    durable.sum_journal("contributor", "tune").keep(1, secret)
+    assert durable.sum_journal("contributor", "tune").load(1)["drawn"].fields == {"seed": "5eed"}
+    other = dataclasses.replace(durable, sum_key=bytes(32))
+    with pytest.raises(DataError):
+        other.sum_journal("contributor", "tune").load(1)
+    assert "sum_key" not in repr(setting)
 
 
 def test_every_use_of_the_rounds_is_a_conversation_of_its_own(

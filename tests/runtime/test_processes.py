@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 import pytest
 
 from fate_llm.core.errors import (
@@ -108,6 +109,24 @@ def test_a_job_ends_as_in_one_process_bit_by_bit(submission: Callable[..., Submi
     assert there["runtime"] == "processes"
     for sender, receiver in (("a", "z"), ("z", "b")):
         assert there["traffic"][sender][receiver]["sent"] == here["traffic"][sender][receiver]["sent"]
+
+
+def test_masked_sums_in_processes_are_the_plain_ones_within_their_bound(
+    submission: Callable[..., Submission], make_job: MakeJob
+) -> None:
+    # Given the same pipeline in the open in one process, and masked in four with identities of their own
+    alone = make_job(stepper(), job_id="alone").run()
+    masked = submission(stepper(protection="secagg", protection_params={"clip": 16.0, "largest_weight": 1.0})).run()
+    assert alone.status == masked.status == "success", masked.error
+    # Then everybody has the same state, and it is the plain one but for the grid
+    assert model(masked) == model(masked, "b") == model(masked, "c")
+    mine, other = (
+        np.frombuffer(model(job).rpartition(b'{"')[0], np.float32).astype(np.float64) for job in (alone, masked)
+    )
+    assert not np.array_equal(mine, other)
+    assert np.abs(mine - other).max() < 1e-6
+    # And what is left of the sums says that they were answered, and nothing else
+    assert {path.name for path in masked.folder.rglob("*.entry")} == {"answered.entry"}
 
 
 def test_each_party_leaves_metrics_and_no_journal(submission: Callable[..., Submission]) -> None:

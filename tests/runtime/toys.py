@@ -216,6 +216,14 @@ class Stepper(_Toy):
         pause: float = Field(0.0, description="Seconds of work in each round.")
         encode: bool = Field(False, description="Send terms as int8, whose rounding is kept.")
         talk: bool = Field(False, description="Say more: a word before the rounds, a word and a sum in each.")
+        planted: int = Field(0, description="A number that this party counts in all of its own events.")
+        protection: str = Field("plain", description="Of all sums.", json_schema_extra={"plugin": "sum"})
+        protection_params: dict[str, Any] = Field(default_factory=dict, description="Of the protection.")
+
+        @property
+        def how(self) -> dict[str, Any]:
+            """How everything is summed."""
+            return {"protection": self.protection, "protection_params": self.protection_params}
 
     outputs: ClassVar[Mapping[str, Port]] = {"model": Port(MODEL, "The last state.")}
 
@@ -224,21 +232,20 @@ class Stepper(_Toy):
         seed, memory = ctx.seed(ctx.task, ctx.party), Memory(params.size)
         if params.talk:
             memory.values += np.float32(ctx.channel.receive(ctx.cohort.coordinator, "word").fields["n"])
-        rounds = ctx.contributor_rounds(
-            params.rounds, protection="plain", hooks=self._hooks(ctx), keep={"memory": memory}
-        )
+        rounds = ctx.contributor_rounds(params.rounds, **params.how, hooks=self._hooks(ctx), keep={"memory": memory})
         state = rounds.start({"x": np.zeros(params.size, dtype=np.float32)})
         for current in rounds:
             with ctx.turn():
                 time.sleep(params.pause)
                 self._maybe_die(ctx, current.number)
+                self._plant(ctx, current.number)
                 step = np.random.default_rng([seed, current.number]).normal(size=params.size).astype(np.float32)
             if params.talk:
                 ctx.channel.send(ctx.cohort.coordinator, "word", Payload({"n": float(step[0])}))
-                sums = ctx.channel.aggregate("count", {"n": float(current.number)}, protection="plain")
+                sums = ctx.channel.aggregate("count", {"n": float(current.number)}, **params.how)
                 step = step + np.float32(sums["n"])
             state = current.contribute({"x": memory.move(step)}, weight=1.0, sums={"count": 1.0}).state
-        sums = ctx.channel.aggregate("final", {"sum": float(memory.values.sum())}, protection="plain")
+        sums = ctx.channel.aggregate("final", {"sum": float(memory.values.sum())}, **params.how)
         ctx.output("model").write_bytes(state["x"].tobytes() + json.dumps(sums).encode())
 
     host = guest
@@ -249,21 +256,31 @@ class Stepper(_Toy):
             for party in ctx.cohort.contributors:
                 ctx.channel.send(party, "word", Payload({"n": 0.5}))
         rounds = ctx.coordinator_rounds(
-            ctx.params.rounds, protection="plain", hooks=self._hooks(ctx), keep={"memory": memory}
+            ctx.params.rounds, **ctx.params.how, hooks=self._hooks(ctx), keep={"memory": memory}
         )
         state = rounds.start()
         for current in rounds:
             if talk:
                 words = [ctx.channel.receive(party, "word").fields["n"] for party in ctx.cohort.contributors]
                 memory.values = memory.values + np.float32(sum(words) * current.number)
-                ctx.channel.aggregate("count", None, protection="plain")
+                ctx.channel.aggregate("count", None, **ctx.params.how)
             total = current.collect()
             state = {"x": state["x"] + memory.move(total.mean["x"])}
             current.publish(state)
-        ctx.channel.aggregate("final", None, protection="plain")
+        ctx.channel.aggregate("final", None, **ctx.params.how)
+
+    def key_holder(self, ctx: Context) -> None:
+        ctx.holder_rounds(**ctx.params.how)
+        ctx.channel.hold("final", **ctx.params.how)
 
     def _hooks(self, ctx: Context) -> list[UpdateHook]:
         return [Int8(seed=ctx.seed(ctx.task, ctx.party, "int8"))] if ctx.params.encode else []
+
+    def _plant(self, ctx: Context, number: int) -> None:
+        if mine := ctx.params.planted:
+            ctx.emit("encoded", port="train", rows=mine, tokens=mine, text=f"{mine} tokens")
+            ctx.emit("step", round=number, step=number, steps=mine, loss=float(mine))
+            ctx.emit("round", round=number, loss=2.5, local_loss=float(mine), tokens=mine)
 
     def _maybe_die(self, ctx: Context, number: int) -> None:
         marker = ctx.resolve(f"died-{ctx.party}")

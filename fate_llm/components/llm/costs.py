@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,15 @@ from fate_llm.protocols.tensors import container_bytes
 from .adapters import planned_layout
 from .modelref import ModelShapes, locate, read_shapes
 
-__all__ = ["PLAIN_PROCESS", "scoring_cost", "sum_traffic", "training_cost"]
+__all__ = ["PLAIN_PROCESS", "hidden_bytes", "scoring_cost", "sum_traffic", "training_cost"]
 
 ENVELOPE = 600  # bytes of an envelope's header with its names, digest and sums: seen 420 to 720
+WORD = 4  # bytes of a masked value
+CIPHERTEXT, SLOTS = 131_217, 4096  # bytes of one, as TenSEAL writes it, and values in it
+NUMBERS = 64  # slots that weight and metric sums take, about
+PEER = 400  # bytes of one peer's keys, shares and signatures in a round each way: seen 350 to 450
+HANDSHAKE = 1600  # bytes of the envelopes and names of a round of secure aggregation each way
+CONTEXT = 264_000  # bytes of a public context of homomorphic aggregation
 LIBRARIES = 650 * 2**20  # resident bytes of the interpreter with torch, transformers and peft
 PLAIN_PROCESS = 90 * 2**20  # resident bytes of the interpreter with this package, without torch
 PER_PARTY = 6 * 2**20  # a module tree of one's own, optimiser and trainer objects beside the tensors
@@ -34,12 +41,43 @@ def training_cost(view: PlanView) -> Estimate:
         return Estimate(_exchanges(view, params.rounds, None), notes=("the model's shapes are not known here",))
     plain: Form = {name: (np.dtype(np.float32), shape) for name, shape in layout.items()}
     sent, more = _on_the_wire(plain, params.hooks)
-    size = container_bytes(plain) + ENVELOPE
-    memory, note = _memory(view, params, shapes, _count(layout))
+    size, values = container_bytes(plain) + ENVELOPE, _count(layout)
+    memory, note = _memory(view, params, shapes, values)
     # A coordinator holds the state, the sum, the mean and at most every early term, as float32.
     coordinator = PLAIN_PROCESS + size * (3 + len(view.cohort.contributors))
-    exchanges = _exchanges(view, params.rounds, size, container_bytes(sent) + ENVELOPE)
+    protection = plugins.load("sum", params.protection)
+    if not protection.hides_terms:
+        exchanges = _exchanges(view, params.rounds, size, container_bytes(sent) + ENVELOPE)
+        return Estimate(exchanges, memory, coordinator, (note, *more))
+    update = hidden_bytes(protection, values) + ENVELOPE
+    exchanges = (*_exchanges(view, params.rounds, size, update), *_protecting(view, protection, params.rounds, values))
     return Estimate(exchanges, memory, coordinator, (note, *more))
+
+
+def hidden_bytes(protection: Any, values: int) -> int:
+    """Bytes of a term of so many values, masked or encrypted."""
+    if not protection.needs_key_holder:
+        return values * WORD
+    return math.ceil((values + NUMBERS) / SLOTS) * CIPHERTEXT
+
+
+def _protecting(view: PlanView, protection: Any, rounds: int, values: int) -> Iterator[Traffic]:
+    """What goes to and fro besides the terms: keys, shares and signatures among all, or a sum to be opened."""
+    coordinator, holder = view.cohort.coordinator, view.roster.key_holder
+    others = [party for party in view.cohort.contributors if party != coordinator]
+    if not protection.needs_key_holder:
+        size = PEER * len(view.cohort.contributors) + HANDSHAKE
+        yield from (Traffic(party, coordinator, "keys, shares, signatures", rounds, size) for party in others)
+        yield from (Traffic(coordinator, party, "keys, shares, signatures", rounds, size) for party in others)
+        return
+    yield from (Traffic(coordinator, party, "the key to encrypt with", rounds, CONTEXT) for party in others)
+    sealed = hidden_bytes(protection, values) + ENVELOPE
+    if values == 0:
+        yield from (Traffic(party, coordinator, "encrypted sums", rounds, sealed) for party in others)
+    if holder is not None:
+        yield Traffic(holder, coordinator, "the key to encrypt with", rounds, CONTEXT)
+        yield Traffic(coordinator, holder, "sum to be opened", rounds, sealed)
+        yield Traffic(holder, coordinator, "opened sum", rounds, values * WORD + ENVELOPE)
 
 
 def _on_the_wire(form: Form, hooks: Sequence[Any]) -> tuple[Form, tuple[str, ...]]:
@@ -114,12 +152,13 @@ def _exchanges(view: PlanView, rounds: int, size: int | None, update: int | None
 
 
 def sum_traffic(view: PlanView) -> tuple[Traffic, ...]:
-    """Messages of one sum of numbers outside the rounds: two each way."""
-    coordinator = view.cohort.coordinator
+    """Messages of one sum of numbers outside the rounds: two each way, and what its protection needs."""
+    coordinator, params = view.cohort.coordinator, next(iter(view.params.values()))
     others = [party for party in view.cohort.contributors if party != coordinator]
     up = [Traffic(party, coordinator, "sums", 2, ENVELOPE) for party in others]
     down = [Traffic(coordinator, party, "sums", 2, ENVELOPE) for party in others]
-    return (*up, *down)
+    protection = plugins.load("sum", params.protection)
+    return (*up, *down, *(_protecting(view, protection, 1, 0) if protection.hides_terms else ()))
 
 
 def _memory(view: PlanView, params: Any, shapes: ModelShapes, trainable: int) -> tuple[int | None, str]:

@@ -203,14 +203,26 @@ class Ranks:
         return mine
 
     def contributor_rounds(
-        self, ctx: Context, count: int, *, protection: str, hooks: Sequence[UpdateHook], keep: Mapping[str, Kept]
+        self,
+        ctx: Context,
+        count: int,
+        *,
+        protection: str,
+        protection_params: Mapping[str, Any],
+        hooks: Sequence[UpdateHook],
+        keep: Mapping[str, Kept],
     ) -> ContributorRounds:
         """The federation's rounds, for all ranks."""
-        if self.world.size == 1:
-            return ctx.contributor_rounds(count, protection=protection, hooks=hooks, keep=keep)
-        noted = {name: _Noted(kept) for name, kept in keep.items()}
-        rounds = ctx.contributor_rounds(count, protection=protection, hooks=hooks, keep=noted)
-        return RankedRounds(rounds, self, noted)
+        alone = self.world.size == 1
+        noted = {} if alone else {name: _Noted(kept) for name, kept in keep.items()}
+        rounds = ctx.contributor_rounds(
+            count,
+            protection=protection,
+            protection_params=protection_params,
+            hooks=hooks,
+            keep=keep if alone else noted,
+        )
+        return rounds if alone else RankedRounds(rounds, self, noted)
 
 
 def _broadcast(values: Array) -> Array:

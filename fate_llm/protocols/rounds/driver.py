@@ -14,23 +14,38 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fate_llm.core.errors import InternalError, PeerFailed, PeerViolation
-from fate_llm.core.interfaces import Kept, RoundJournal, Saved, SecureSum, UpdateHook
+from fate_llm.core.interfaces import (
+    Kept,
+    RoundJournal,
+    Saved,
+    SecureSum,
+    SumJournal,
+    SumKeep,
+    SumReceived,
+    SumScene,
+    SumSend,
+    UpdateHook,
+)
 from fate_llm.core.values import (
     Arrays,
     Cohort,
+    Payload,
     RoundResult,
     Total,
     Update,
     require_finite,
     require_same_layout,
 )
+from fate_llm.security.randomness import random_bytes
 
 from ..channel import JobChannel, Left
 from ..ledger import Account
 from .keeper import JOINED, Keeper, kept_objects
 from .machine import (
     ANSWER,
+    ASK,
     HELLO,
+    OPENED,
     STATE,
     TERM,
     Action,
@@ -55,10 +70,11 @@ from .machine import (
     RoundDone,
     Tell,
     Tick,
+    Write,
 )
 from .wire import Wire
 
-__all__ = ["ContributorDriver", "CoordinatorDriver", "Setting"]
+__all__ = ["ContributorDriver", "CoordinatorDriver", "HolderDriver", "Setting"]
 
 Emit = Callable[..., None]
 _LATE_MAIL = 4  # messages per contributor that are still heard when a round's time is over
@@ -71,7 +87,8 @@ class Setting:
     patience: seconds a round may stay open at the coordinator. hooks: in any order; they run by their stage.
     emit: told of `round_state`, `round_closed`, `resumed` and `ignored`, nothing private. protection: the name of
     secure_sum, for the record. account: of this party in this role, on a durable channel. journal, keep: where finished
-    rounds are written down, and what goes there besides.
+    rounds are written down, and what goes there besides. scene: what its sums are bound to, but for round, layout and
+    state. sum_journal: of this side. random: of the operating system, for the seeds of sums.
     """
 
     channel: JobChannel
@@ -86,6 +103,22 @@ class Setting:
     account: Account | None = None
     journal: RoundJournal | None = None
     keep: Mapping[str, Kept] = field(default_factory=dict)
+    scene: SumScene | None = None
+    sum_journal: SumJournal | None = None
+    random: Callable[[int], bytes] = random_bytes
+
+    def kept_of(self, round: int) -> Mapping[str, Payload]:
+        """What this side's sum of a round had wanted kept."""
+        return {} if self.sum_journal is None else self.sum_journal.load(round)
+
+    def write(self, round: int, keep: SumKeep) -> None:
+        if self.sum_journal is not None:
+            self.sum_journal.keep(round, keep)
+
+    def close_sums(self, round: int) -> None:
+        """The rounds up to this one are over: the secrets of their sums are erased."""
+        if self.sum_journal is not None:
+            self.sum_journal.close(round)
 
     def ordered_hooks(self) -> list[UpdateHook]:
         return sorted(self.hooks, key=lambda hook: hook.stage)
@@ -120,9 +153,11 @@ class CoordinatorDriver:
         self._setting = setting
         secure_sum = Wire(setting.hooks).around(setting.secure_sum, lambda: self._machine.number)
         self._machine = CoordinatorMachine(
-            setting.cohort, setting.rounds, setting.patience, secure_sum, keep_terms=keep_terms
+            setting.cohort, setting.rounds, setting.patience, secure_sum, keep_terms=keep_terms, scene=setting.scene
         )
         self._keeper = setting.keeper()
+        holder = setting.scene.key_holder if setting.scene is not None and secure_sum.needs_key_holder else None
+        self._senders = (*setting.cohort.contributors, *(() if holder is None else (holder,)))
 
     @property
     def sums(self) -> dict[str, float]:
@@ -156,8 +191,10 @@ class CoordinatorDriver:
             fields["stop"],
             fields["layouts"],
             frozenset(setting.channel.left),
+            setting.kept_of(saved.number + 1),
         )
         setting.emit("resumed", round=saved.number, rounds=setting.rounds)
+        setting.close_sums(saved.number)  # we may have been killed between the commit and this
         self._apply(self._handle(resume))
         return saved.tensors
 
@@ -191,6 +228,7 @@ class CoordinatorDriver:
             rounds=self._setting.rounds,
             contributors=list(total.contributors),
             missing=list(total.missing),
+            error_bound=total.error_bound,
         )
         return total
 
@@ -203,6 +241,7 @@ class CoordinatorDriver:
         require_finite(state, what="the new global state")
         actions = self._handle(Publish(state, stop))
         self._commit(number)
+        self._setting.close_sums(number)
         self._apply(actions)
 
     def _run_until(self, wanted: type[Begin | Collected]) -> Action:
@@ -217,13 +256,13 @@ class CoordinatorDriver:
                 return found
             # Mail goes before the clock, but a party that keeps sending must not keep a round open.
             late += machine.deadline is not None and setting.channel.clock() >= machine.deadline
-            if late > _LATE_MAIL * len(setting.cohort.contributors):
+            if late > _LATE_MAIL * len(self._senders):
                 pending, late = self._handle(Tick()), 0
                 continue
             message = setting.channel.next(
                 task=setting.task,
-                kinds=(HELLO, TERM),
-                senders=setting.cohort.contributors,
+                kinds=(HELLO, TERM, OPENED),
+                senders=self._senders,
                 deadline=machine.deadline,
                 known_left=machine.gone,
                 account=setting.account,
@@ -251,6 +290,8 @@ class CoordinatorDriver:
                 self._commit(0)
             if isinstance(action, Tell):
                 self._tell(action)
+            elif isinstance(action, Write):
+                self._setting.write(action.round, action.keep)
             elif isinstance(action, Failed):
                 raise action.error
             elif isinstance(action, Ignored):
@@ -287,7 +328,7 @@ class ContributorDriver:
         self._setting = setting
         self._wire = Wire(setting.hooks)
         secure_sum = self._wire.around(setting.secure_sum, lambda: self._machine.number)
-        self._machine = ContributorMachine(setting.cohort, me, setting.rounds, secure_sum)
+        self._machine = ContributorMachine(setting.cohort, me, setting.rounds, secure_sum, setting.scene)
         self._state: Arrays = {}
         self._keeper = setting.keeper()
         self._resumed = 0
@@ -320,6 +361,7 @@ class ContributorDriver:
         assert isinstance(ready, Ready)
         require_same_layout(state, ready.state, what="the first global state")
         self._state, self.sums = ready.state, ready.sums
+        self._setting.close_sums(ready.finished)
         # The state to begin with is told once: a coordinator that is killed tells only the last one again.
         over = self._machine.phase is ContributorPhase.FINISHED
         self._keeper.commit(ready.finished, {"over": over, "sums": dict(ready.sums), JOINED: True}, ready.state)
@@ -330,13 +372,15 @@ class ContributorDriver:
         self._machine.handle(Rejoin(saved.number, saved.tensors, saved.fields["over"]))
         self._state, self.sums = saved.tensors, saved.fields["sums"]
         self._resumed = 0 if saved.fields.get(JOINED) else saved.number
+        self._setting.close_sums(saved.number)
         self._setting.emit("resumed", round=saved.number, rounds=self._setting.rounds)
         return saved.tensors
 
     def _commit(self) -> None:
         finished, self._finished = self._finished, None
-        if finished is not None:
+        if finished is not None and self._keeper.journals:
             self._keeper.commit(finished.number, {"over": finished.stop, "sums": dict(self.sums)}, finished.state)
+            self._setting.close_sums(finished.number)
 
     def __iter__(self) -> Iterator[_ContributorRound]:
         while self._machine.phase is not ContributorPhase.FINISHED:
@@ -357,11 +401,15 @@ class ContributorDriver:
         if not self._machine.overtaken:  # a hook keeps account of what is sent, and this would not be
             for hook in self._setting.ordered_hooks():
                 update = hook.before_send(update, number)
-        pending = self._machine.handle(Offer(update))
+        offer = Offer(update, self._setting.random(32), self._setting.kept_of(number))
+        pending = self._machine.handle(offer)
+        del update, offer  # a term may be as large as the model
         done = self._run_until(pending, RoundDone, f"the global state of round {number}")
         assert isinstance(done, RoundDone)
         self._wire.settle(counted=done.result.number == number and self._machine.me in done.result.contributors)
         self._state, self.sums, self._finished = done.result.state, done.result.sums, done.result
+        if not self._keeper.journals:  # else when it is committed
+            self._setting.close_sums(done.result.number)
         self._setting.emit(
             "round_state",
             conversation=self._setting.task,
@@ -407,6 +455,7 @@ class ContributorDriver:
     def _run_until(self, pending: list[Action], wanted: type[Ready | RoundDone], what: str) -> Action:
         # The coordinator may wait `patience` for others before it answers; twice that is beyond doubt, unless it was
         # killed meanwhile, and opened the round anew.
+        # Each answer to a sum of several stages begins a wait of its own.
         limit = (4 if self._setting.channel.durable else 2) * self._setting.patience
         deadline = self._setting.channel.clock() + limit
         while True:
@@ -419,6 +468,8 @@ class ContributorDriver:
                 text = f"task {self._setting.task}: {what} did not come from {coordinator} within {limit:g} s"
                 raise self._setting.channel.overdue(coordinator, text)
             pending = self._handle(event)
+            if any(isinstance(action, Tell) for action in pending):
+                deadline = self._setting.channel.clock() + limit
 
     def _handle(self, event: ContributorEvent) -> list[Action]:
         try:
@@ -432,6 +483,8 @@ class ContributorDriver:
         for action in actions:
             if isinstance(action, Tell):
                 self._setting.tell(action)
+            elif isinstance(action, Write):
+                self._setting.write(action.round, action.keep)
             elif isinstance(action, Ignored):
                 _report(self._setting, action)
             elif wanted is not None and isinstance(action, wanted):
@@ -454,6 +507,55 @@ class _ContributorRound:
             PeerFailed, RoundTimeout, MessageLost, JobCancelled: the round did not end.
         """
         return self._driver._contribute(self.number, arrays, weight, sums or {})
+
+
+class HolderDriver:
+    """The key holder's side of one conversation: it answers the coordinator until that has no more rounds."""
+
+    def __init__(self, setting: Setting) -> None:
+        if setting.scene is None:
+            raise InternalError("a key holder needs the scene of its sums")
+        self._setting, self._scene = setting, setting.scene
+        self._keeper = setting.keeper()
+
+    def run(self) -> None:
+        """Serve the sums; returns when the coordinator says that it was the last one.
+
+        Raises:
+            PeerFailed: the coordinator ended before. ProtectionError: it asked for what may not be opened.
+            JobCancelled.
+        """
+        setting = self._setting
+        saved = self._keeper.open()
+        machine = setting.secure_sum.holder(self._scene, setting.random(32), setting.kept_of(0))
+        heard = 0 if saved is None else saved.number
+        while True:
+            message = setting.channel.next(
+                task=setting.task,
+                kinds=(ASK,),
+                senders=(setting.cohort.coordinator,),
+                deadline=None,
+                account=setting.account,
+            )
+            assert message is not None
+            if isinstance(message, Left):
+                raise PeerFailed(f"task {setting.task}, key holder: {message.party} {message.reason}")
+            if message.payload.fields.get("stage") == "over":
+                setting.close_sums(0)
+                return
+            try:
+                actions = machine.handle(SumReceived(message.sender, message.payload))
+            except PeerViolation as refusal:
+                _report(setting, Ignored(message.sender, message.round, refusal.message))
+                continue
+            for action in actions:
+                if isinstance(action, SumKeep):
+                    setting.write(0, action)
+                elif isinstance(action, SumSend):
+                    setting.tell(Tell(action.receiver, OPENED, message.round, action.body))
+            if machine.idle:  # every commit has a number of its own
+                heard += 1
+                self._keeper.commit(heard, {"over": False, "sums": {}}, {})
 
 
 def _report(setting: Setting, action: Ignored) -> None:

@@ -20,13 +20,17 @@ Rules:
 7. A state or hello is checked whole (names, shapes, float32, finite) before anything is changed by it.
 8. A contributor in whose present round a state comes that counts its term, before it has offered one, had sent that
    term in an earlier life: it offers it again, which changes nothing at the coordinator, and goes on with that state.
+9. A sum may have several stages; each is waited for as long as a round. What a sum wants kept is written down before
+   anything that follows is told.
+10. Answers of the present round that come while its contributor still trains belong to its earlier life: they are
+    handed to the sum, in their order, as soon as the term is offered.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -40,8 +44,11 @@ from fate_llm.core.interfaces import (
     SumAction,
     SumContribute,
     SumExpired,
+    SumFinished,
+    SumKeep,
     SumParty,
     SumReceived,
+    SumScene,
     SumSend,
     SumServer,
 )
@@ -49,7 +56,9 @@ from fate_llm.core.values import Arrays, Cohort, Payload, RoundResult, Total, Up
 
 __all__ = [
     "ANSWER",
+    "ASK",
     "HELLO",
+    "OPENED",
     "STATE",
     "TERM",
     "Begin",
@@ -71,13 +80,16 @@ __all__ = [
     "RoundDone",
     "Tell",
     "Tick",
+    "Write",
     "layout_of",
 ]
 
-# To the coordinator: HELLO and TERM. From it: STATE and ANSWER. No kind goes both ways, because a
-# coordinator that contributes hears both sides in the mailboxes of one party.
-HELLO, TERM = "round.hello", "round.term"
-STATE, ANSWER = "round.state", "round.answer"
+# To the coordinator: HELLO and TERM, and OPENED from the key holder of a sum that has one. From it: STATE and ANSWER,
+# and ASK to the key holder. No kind goes both ways or comes from two roles, because a party may have several, which
+# hear and speak in mailboxes of one party.
+HELLO, TERM, OPENED = "round.hello", "round.term", "round.opened"
+STATE, ANSWER, ASK = "round.state", "round.answer", "round.ask"
+_EARLY = 4096  # answers of a sum that are kept while its contributor trains
 
 
 # --- events -------------------------------------------------------------------------------------------------
@@ -85,7 +97,7 @@ STATE, ANSWER = "round.state", "round.answer"
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """A message of the rounds' conversation arrived. kind: HELLO, TERM, STATE or ANSWER."""
+    """A message of the rounds' conversation arrived. kind: HELLO, TERM, OPENED, STATE or ANSWER."""
 
     sender: str
     kind: str
@@ -119,7 +131,8 @@ class Resume:
     """To a coordinator, before anything else: the last round it had committed, and may have published.
 
     sums, contributors, stop: as the state was told. layouts: by party, of those who had said hello. left: parties that
-    need not be told; that they are gone is heard after what they had sent, as ever.
+    need not be told; that they are gone is heard after what they had sent, as ever. kept: what the sum of the round
+    after it had wanted kept.
     """
 
     number: int
@@ -129,6 +142,7 @@ class Resume:
     stop: bool
     layouts: Mapping[str, str]
     left: frozenset[str] = frozenset()
+    kept: Mapping[str, Payload] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +166,11 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """From a contributor's own loop: my term of the present round."""
+    """From a contributor's own loop: my term of the present round. seed, kept: see `SumContribute`."""
 
     update: Update
+    seed: bytes = b""
+    kept: Mapping[str, Payload] = field(default_factory=dict)
 
 
 CoordinatorEvent = Heard | Gone | Tick | Publish | Resume
@@ -170,6 +186,14 @@ class Tell:
     kind: str
     round: int
     payload: Payload
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """What the sum of a round wants on disk before anything that follows is done."""
+
+    round: int
+    keep: SumKeep
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +236,7 @@ class RoundDone:
     result: RoundResult
 
 
-Action = Tell | Begin | Collected | Ignored | Failed | Ready | RoundDone
+Action = Tell | Write | Begin | Collected | Ignored | Failed | Ready | RoundDone
 
 
 def layout_of(state: Arrays) -> dict[str, tuple[int, ...]]:
@@ -257,6 +281,7 @@ class CoordinatorMachine:
     patience: float
     secure_sum: SecureSum
     keep_terms: bool = False
+    scene: SumScene | None = None
     phase: CoordinatorPhase = CoordinatorPhase.STARTING
     number: int = 0
     deadline: float | None = None
@@ -265,6 +290,7 @@ class CoordinatorMachine:
     _layouts: dict[str, str] = field(default_factory=dict)
     _refused: set[str] = field(default_factory=set)
     _sum: SumServer | None = None
+    _stage: int = 0
     _news: Payload = field(default_factory=Payload)
     _total: Total | None = None
 
@@ -301,9 +327,14 @@ class CoordinatorMachine:
         tells = self._tell_state(event.number, event.sums, event.contributors, event.stop, receivers)
         if over:
             self.number, self.phase = event.number, CoordinatorPhase.FINISHED
-            return tells
-        self._open(event.number + 1, now)
+            return [*tells, *self._over()]
+        self._open(event.number + 1, now, event.kept)
         return tells
+
+    def _over(self) -> list[Action]:
+        """The key holder is not asked any more."""
+        holder = self._holder
+        return [] if holder is None else [Tell(holder, ASK, self.number, Payload({"stage": "over"}))]
 
     def _tell_state(
         self, number: int, sums: Mapping[str, float], by: tuple[str, ...], stop: bool, receivers: Iterable[str]
@@ -360,12 +391,15 @@ class CoordinatorMachine:
     def _why(self, party: str) -> str:
         return f" ({self.gone[party]})" if party in self.gone else ""
 
-    def _open(self, number: int, now: float) -> None:
+    def _open(self, number: int, now: float, kept: Mapping[str, Payload] | None = None) -> None:
         self.number = number
         self.phase = CoordinatorPhase.OPEN
         self.deadline = now + self.patience
+        self._stage = 0
         self._refused = set()
-        self._sum = self.secure_sum.server(self.cohort, layout_of(self.state), keep_terms=self.keep_terms)
+        scene = self.scene or SumScene(self.cohort, self.cohort.coordinator, {})
+        scene = replace(scene, layout=layout_of(self.state), state=self.state, round=number)
+        self._sum = self.secure_sum.server(scene, keep_terms=self.keep_terms, kept=kept or {})
 
     def _late_hello(self, event: Heard, now: float) -> list[Action]:
         sender = self._contributor(event.sender)
@@ -375,7 +409,7 @@ class CoordinatorMachine:
         return [Tell(sender, STATE, self.number - 1, self._news)]
 
     def _term(self, event: Heard, now: float) -> list[Action]:
-        sender = self._contributor(event.sender)
+        sender = self._of_the_sum(event)
         if event.round > self.number:
             raise PeerViolation(f"{sender} sent a term of round {event.round} in round {self.number}")
         if event.round < self.number:
@@ -384,34 +418,51 @@ class CoordinatorMachine:
             return [Ignored(sender, event.round, "an earlier term of this round was refused")]
         assert self._sum is not None
         try:
-            actions = self._sum.handle(SumReceived(sender, event.payload))
+            actions = self._sum.handle(SumReceived(sender, event.payload, event.kind == OPENED))
         except PeerViolation as refusal:
             self._refused.add(sender)
-            return [Ignored(sender, event.round, refusal.message), *self._close_if_alone()]
+            return [Ignored(sender, event.round, refusal.message), *self._close_if_alone(now)]
         except FateError as error:
             return self._fail(error)
-        return self._after_sum(actions) or self._close_if_alone()
+        return [*self._after_sum(actions, now), *self._close_if_alone(now)]
 
     def _late_term(self, event: Heard, now: float) -> list[Action]:
-        return [Ignored(self._contributor(event.sender), event.round, "late: the round is closed")]
+        return [Ignored(self._of_the_sum(event), event.round, "late: the round is closed")]
 
-    def _close_if_alone(self) -> list[Action]:
+    def _of_the_sum(self, event: Heard) -> str:
+        if event.kind != OPENED:
+            return self._contributor(event.sender)
+        if event.sender != self._holder:
+            raise PeerViolation(f"{event.sender} is not the key holder of this task")
+        return event.sender
+
+    @property
+    def _holder(self) -> str | None:
+        return self.scene.key_holder if self.scene is not None and self.secure_sum.needs_key_holder else None
+
+    def _close_if_alone(self, now: float) -> list[Action]:
         """End the stage when nobody is left who could still answer, or too few for the quorum."""
+        if self.phase is not CoordinatorPhase.OPEN:
+            return []
         assert self._sum is not None
         awaiting = self._sum.awaiting
         lost = awaiting & (self._refused | self.gone.keys())
-        possible = len(self.cohort.contributors) - len(lost)
-        if possible < self._quorum:
-            named = ", ".join(p + self._why(p) for p in self.cohort.contributors if p in lost)
-            count = f"{possible} parties are left, the quorum is {self._quorum}"
-            text = f"round {self.number}: {count}; lost: {named}"
+        possible, least = len(self._sum.able - lost), self._sum.least
+        if possible < least:
+            known = [p for p in self.cohort.contributors if p in lost or p not in self._sum.able]
+            named = ", ".join(p + self._why(p) for p in known)
+            needed = f"the quorum is {least}" if least == self._quorum else f"the protection needs {least}"
+            text = f"round {self.number}: {possible} parties are left, {needed}; lost: {named}"
             return self._fail(QuorumLost(text))
-        return self._expire() if not awaiting - lost else []
+        return self._expire(now) if not awaiting - lost else []
 
-    def _expire(self) -> list[Action]:
+    def _expire(self, now: float) -> list[Action]:
         assert self._sum is not None
+        stage = self._sum.stage
+        self.deadline = now + self.patience  # a sum may rather wait on than go to its next stage
         try:
-            return self._after_sum(self._sum.handle(SumExpired()))
+            actions = self._after_sum(self._sum.handle(SumExpired()), now)
+            return [*actions, *(self._close_if_alone(now) if self._sum.stage != stage else [])]
         except QuorumLost as error:
             known = "; ".join(f"{p}: {why}" for p, why in self.gone.items())
             text = f"round {self.number}: {error.message}" + (f" ({known})" if known else "")
@@ -419,15 +470,20 @@ class CoordinatorMachine:
         except FateError as error:
             return self._fail(error)
 
-    def _after_sum(self, actions: list[SumAction]) -> list[Action]:
+    def _after_sum(self, actions: list[SumAction], now: float) -> list[Action]:
+        assert self._sum is not None
+        if self._sum.stage != self._stage:  # a wait of its own
+            self._stage, self.deadline = self._sum.stage, now + self.patience
         done: list[Action] = []
         for action in actions:
-            if isinstance(action, SumSend):
-                done.append(Tell(action.receiver, ANSWER, self.number, action.body))
-            else:
+            if isinstance(action, SumFinished):
                 self.phase = CoordinatorPhase.SUMMED
                 self._total = action.total
                 done.append(Collected(action.total))
+            elif isinstance(action, SumKeep):
+                done.append(Write(self.number, action))
+            else:
+                done.append(Tell(action.receiver, ASK if action.to_holder else ANSWER, self.number, action.body))
         return done
 
     def _tick_starting(self, event: Tick, now: float) -> list[Action]:
@@ -435,7 +491,7 @@ class CoordinatorMachine:
 
     def _tick_open(self, event: Tick, now: float) -> list[Action]:
         assert self.deadline is not None
-        return self._expire() if now >= self.deadline else []
+        return self._expire(now) if now >= self.deadline else []
 
     def _gone_starting(self, event: Gone, now: float) -> list[Action]:
         self.gone[event.party] = event.reason
@@ -443,7 +499,7 @@ class CoordinatorMachine:
 
     def _gone_open(self, event: Gone, now: float) -> list[Action]:
         self.gone[event.party] = event.reason
-        return self._close_if_alone()
+        return self._close_if_alone(now)
 
     def _gone_else(self, event: Gone, now: float) -> list[Action]:
         self.gone[event.party] = event.reason
@@ -462,9 +518,9 @@ class CoordinatorMachine:
         )
         if stop:
             self.phase = CoordinatorPhase.FINISHED
-            return tells
+            return [*tells, *self._over()]
         self._open(self.number + 1, now)
-        return [*tells, *self._close_if_alone()]  # some may have left since the last round was summed
+        return [*tells, *self._close_if_alone(now)]  # some may have left since the last round was summed
 
     def _fail(self, error: FateError) -> list[Action]:
         self.phase = CoordinatorPhase.FAILED
@@ -490,18 +546,21 @@ _COORDINATOR: dict[CoordinatorPhase, dict[str | type, _Step]] = {
     CoordinatorPhase.OPEN: {
         HELLO: CoordinatorMachine._late_hello,
         TERM: CoordinatorMachine._term,
+        OPENED: CoordinatorMachine._term,
         Gone: CoordinatorMachine._gone_open,
         Tick: CoordinatorMachine._tick_open,
     },
     CoordinatorPhase.SUMMED: {
         HELLO: CoordinatorMachine._late_hello,
         TERM: CoordinatorMachine._late_term,
+        OPENED: CoordinatorMachine._late_term,
         Gone: CoordinatorMachine._gone_else,
         Tick: CoordinatorMachine._nothing,
         Publish: CoordinatorMachine._publish,
     },
     CoordinatorPhase.FINISHED: {
         TERM: CoordinatorMachine._late_term,
+        OPENED: CoordinatorMachine._late_term,
         Gone: CoordinatorMachine._gone_else,
         Tick: CoordinatorMachine._nothing,
     },
@@ -528,10 +587,12 @@ class ContributorMachine:
     me: str
     rounds: int
     secure_sum: SecureSum
+    scene: SumScene | None = None
     phase: ContributorPhase = ContributorPhase.NEW
     number: int = 0
     _layout: Layout = field(default_factory=dict)
     _sum: SumParty | None = None
+    _early: list[Heard] = field(default_factory=list)
     _newest: Heard | None = None
     _answered: Heard | None = None
 
@@ -557,21 +618,24 @@ class ContributorMachine:
 
     def _rejoin(self, event: Rejoin, now: float) -> list[Action]:
         self._layout = layout_of(event.state)
-        self._begin(self.rounds + 1 if event.over else event.number + 1)
+        self._begin(self.rounds + 1 if event.over else event.number + 1, event.state)
         return []
 
     def _first_state(self, event: Heard, now: float) -> list[Action]:
         self._check_state(event)
         fields = event.payload.fields
-        self._begin(self.rounds + 1 if fields["stop"] else event.round + 1)
+        self._begin(self.rounds + 1 if fields["stop"] else event.round + 1, event.payload.tensors)
         return [Ready(event.payload.tensors, event.round, dict(fields["sums"]))]
 
-    def _begin(self, number: int) -> None:
+    def _begin(self, number: int, state: Arrays) -> None:
         over = number > self.rounds
         self.phase = ContributorPhase.FINISHED if over else ContributorPhase.TRAINING
         self.number = number
         self._newest = self._answered = None
-        self._sum = None if over else self.secure_sum.party(self.cohort, self.me, self._layout)
+        self._early = []
+        scene = self.scene or SumScene(self.cohort, self.me, {})
+        scene = replace(scene, layout=self._layout, state=state, round=number)
+        self._sum = None if over else self.secure_sum.party(scene)
 
     def _check_state(self, event: Heard) -> None:
         fields = event.payload.fields
@@ -608,14 +672,33 @@ class ContributorMachine:
             late = Ignored(self.me, self.number, f"late: round {self._newest.round} is already over")
             return [late, *self._finish(self._newest)]
         assert self._sum is not None
-        tells = self._tell(self._sum.handle(SumContribute(event.update)))
+        tells = self._tell(self._sum.handle(SumContribute(event.update, event.seed, event.kept)))
+        early, self._early = self._early, []
         if self._answered is not None:
             return [*tells, *self._finish(self._answered)]
         self.phase = ContributorPhase.WAITING
+        for answer in early:
+            try:
+                tells += self._sum_message(answer, now)
+            except PeerViolation as refusal:
+                tells.append(Ignored(answer.sender, answer.round, refusal.message))
         return tells
 
     def _tell(self, actions: list[SumAction]) -> list[Action]:
-        return [Tell(a.receiver, TERM, self.number, a.body) for a in actions if isinstance(a, SumSend)]
+        done: list[Action] = []
+        for action in actions:
+            if isinstance(action, SumSend):
+                done.append(Tell(action.receiver, TERM, self.number, action.body))
+            elif isinstance(action, SumKeep):
+                done.append(Write(self.number, action))
+        return done
+
+    def _answer_early(self, event: Heard, now: float) -> list[Action]:
+        """An answer to what an earlier life of this party had sent in the present round."""
+        if event.round != self.number or len(self._early) >= _EARLY:
+            return [Ignored(event.sender, event.round, f"round {self.number} has not been offered a term")]
+        self._early.append(event)
+        return []
 
     def _sum_message(self, event: Heard, now: float) -> list[Action]:
         if event.round != self.number:
@@ -635,7 +718,7 @@ class ContributorMachine:
         result = RoundResult(
             event.payload.tensors, event.round, dict(fields["sums"]), tuple(fields["contributors"]), stop
         )
-        self._begin(self.rounds + 1 if stop else event.round + 1)
+        self._begin(self.rounds + 1 if stop else event.round + 1, event.payload.tensors)
         return [RoundDone(result)]
 
     def _nothing(self, event: ContributorEvent, now: float) -> list[Action]:
@@ -658,7 +741,7 @@ _CONTRIBUTOR: dict[ContributorPhase, dict[str | type, _Step]] = {
     ContributorPhase.JOINING: {STATE: ContributorMachine._first_state, Tick: ContributorMachine._nothing},
     ContributorPhase.TRAINING: {
         STATE: ContributorMachine._replaced,
-        ANSWER: ContributorMachine._nothing,
+        ANSWER: ContributorMachine._answer_early,
         Offer: ContributorMachine._offer,
         Tick: ContributorMachine._nothing,
     },

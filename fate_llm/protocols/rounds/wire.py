@@ -5,8 +5,9 @@ The rounds see a sum like any other, so that a term that cannot be decoded is re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import ClassVar
 
 import numpy as np
@@ -14,19 +15,22 @@ import numpy as np
 from fate_llm.core.errors import ConfigurationError, InternalError, ProtectionError
 from fate_llm.core.interfaces import (
     Form,
+    Frozen,
     Layout,
     SecureSum,
     SumAction,
     SumContribute,
     SumEvent,
+    SumHolder,
     SumParty,
     SumReceived,
+    SumScene,
     SumSend,
     SumServer,
     UpdateHook,
     WireHook,
 )
-from fate_llm.core.values import Cohort, Payload
+from fate_llm.core.values import Payload
 
 __all__ = ["Wire", "WiredSum"]
 
@@ -99,18 +103,26 @@ class WiredSum:
     `Total.error_bound` is against the exact sum of the terms as they were decoded.
     """
 
+    Params: ClassVar[type[Frozen]] = Frozen
     hides_terms: ClassVar[bool] = False
+    needs_key_holder: ClassVar[bool] = False
     summary: ClassVar[str] = "as the sum inside; terms are encoded on the wire"
+    learns: ClassVar[Mapping[str, str]] = {}
 
     inner: SecureSum
     wire: Wire
     round_now: Callable[[], int]
 
-    def party(self, cohort: Cohort, me: str, layout: Layout) -> SumParty:
-        return _Party(self.inner.party(cohort, me, layout), self.wire, self.round_now)
+    def party(self, scene: SumScene) -> SumParty:
+        return _Party(self.inner.party(scene), self.wire, self.round_now)
 
-    def server(self, cohort: Cohort, layout: Layout, *, keep_terms: bool = False) -> SumServer:
-        return _Server(self.inner.server(cohort, layout, keep_terms=keep_terms), self.wire, layout)
+    def server(
+        self, scene: SumScene, *, keep_terms: bool = False, kept: Mapping[str, Payload] = MappingProxyType({})
+    ) -> SumServer:
+        return _Server(self.inner.server(scene, keep_terms=keep_terms, kept=kept), self.wire, scene.layout)
+
+    def holder(self, scene: SumScene, seed: bytes, kept: Mapping[str, Payload] = MappingProxyType({})) -> SumHolder:
+        raise InternalError("a sum that shows its terms has no key holder")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +150,18 @@ class _Server:
     @property
     def awaiting(self) -> frozenset[str]:
         return self.inner.awaiting
+
+    @property
+    def able(self) -> frozenset[str]:
+        return self.inner.able
+
+    @property
+    def least(self) -> int:
+        return self.inner.least
+
+    @property
+    def stage(self) -> int:
+        return self.inner.stage
 
     def handle(self, event: SumEvent) -> list[SumAction]:
         if isinstance(event, SumReceived) and event.sender in self.inner.awaiting:  # others are refused unread

@@ -14,19 +14,24 @@ Rules:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar, TypeGuard
 
 import numpy as np
 
 from fate_llm.core.errors import InternalError, PeerViolation, ProtectionError, QuorumLost
 from fate_llm.core.interfaces import (
+    Frozen,
     Layout,
     SumAction,
     SumContribute,
     SumEvent,
     SumExpired,
     SumFinished,
+    SumHolder,
     SumReceived,
+    SumScene,
     SumSend,
 )
 from fate_llm.core.values import Array, Cohort, Payload, Total, Update, require_finite
@@ -43,13 +48,29 @@ class PlainSum:
     """Terms travel as they are; the coordinator learns every party's update and weight."""
 
     hides_terms: ClassVar[bool] = False
+    needs_key_holder: ClassVar[bool] = False
     summary: ClassVar[str] = "the coordinator sees every party's update, weight and metric sums"
+    learns: ClassVar[Mapping[str, str]] = {
+        "coordinator": "every party's update, weight and metric sums, each round",
+        "contributors": "the global state and the total of the metric sums, each round",
+    }
 
-    def party(self, cohort: Cohort, me: str, layout: Layout) -> _Party:
-        return _Party(cohort, layout)
+    class Params(Frozen):
+        """Nothing to set."""
 
-    def server(self, cohort: Cohort, layout: Layout, *, keep_terms: bool = False) -> _Server:
-        return _Server(cohort, layout, keep_terms)
+    def __init__(self, params: Params | None = None) -> None:
+        pass
+
+    def party(self, scene: SumScene) -> _Party:
+        return _Party(scene.cohort, scene.layout)
+
+    def server(
+        self, scene: SumScene, *, keep_terms: bool = False, kept: Mapping[str, Payload] = MappingProxyType({})
+    ) -> _Server:
+        return _Server(scene.cohort, scene.layout, keep_terms)
+
+    def holder(self, scene: SumScene, seed: bytes, kept: Mapping[str, Payload] = MappingProxyType({})) -> SumHolder:
+        raise InternalError("a plain sum has no key holder")
 
 
 class _Party:
@@ -88,6 +109,16 @@ class _Server:
         self._weight = 0.0
         self._sums: dict[str, float] = {}
         self._closed = False
+
+    stage: ClassVar[int] = 0
+
+    @property
+    def least(self) -> int:
+        return max(1, self._cohort.quorum)
+
+    @property
+    def able(self) -> frozenset[str]:
+        return frozenset(self._cohort.contributors)
 
     @property
     def awaiting(self) -> frozenset[str]:

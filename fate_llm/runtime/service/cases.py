@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from fate_llm.core.values import SumFloor
 from fate_llm.pipelines.schema import PipelineSpec
+from fate_llm.pipelines.sums import hiding_tasks
 
 from ..jobfolder import JobFolder, PartyFolder, write_json
 from ..trust.jobspec import SignedSpecification
@@ -29,7 +31,8 @@ class Accepted:
     """Under what this party's policy let the job in. opens: names of the catalogue that it may open.
 
     policy: digest. not_before: seconds since 1970 before which it does not start. hours: that it may take, None for
-    any. judged: when that was said, seconds since 1970. floor: the weakest protection that a sum may have.
+    any. judged: when that was said, seconds since 1970. floor: the weakest protection that a sum may have. sum_floor:
+    what it asks of sums that hide terms.
     """
 
     opens: tuple[str, ...] = ()
@@ -38,6 +41,7 @@ class Accepted:
     hours: float | None = None
     judged: float = 0.0
     floor: str = "ckks"
+    sum_floor: SumFloor = field(default_factory=SumFloor)
 
 
 @dataclass(slots=True)
@@ -75,6 +79,14 @@ class Case:
     unsure: bool = False
     waiting_since: float | None = None
     started: float | None = None
+    _hiding: frozenset[str] | None = None
+
+    @property
+    def hiding(self) -> frozenset[str]:
+        """The tasks whose sums hide their terms."""
+        if self._hiding is None:
+            self._hiding = hiding_tasks(self.spec)
+        return self._hiding
 
     @property
     def job(self) -> str:
@@ -115,14 +127,12 @@ class Case:
         except (OSError, ValueError):
             return Accepted()
         more = (found["hours"], found.get("judged", 0.0), found.get("floor", "ckks"))
-        return Accepted(tuple(found["opens"]), found["policy"], found["not_before"], *more)
+        sum_floor = SumFloor(**found.get("sum_floor", {}))
+        return Accepted(tuple(found["opens"]), found["policy"], found["not_before"], *more, sum_floor)
 
     def accept(self, found: Accepted) -> None:
         """Note what the policy said."""
-        data = {"opens": list(found.opens), "policy": found.policy, "not_before": found.not_before}
-        write_json(
-            self.folder.path / _ACCEPTED, {**data, "hours": found.hours, "judged": found.judged, "floor": found.floor}
-        )
+        write_json(self.folder.path / _ACCEPTED, asdict(found))
 
     @property
     def over(self) -> bool:

@@ -47,16 +47,16 @@ class Logbook:
         self._show(case, line)
 
     def _show(self, case: Case, line: Line) -> None:
-        if case.initiator != self._hall.me and (visible := self._visible(line)) is not None:
+        if case.initiator != self._hall.me and (visible := self._visible(case, line)) is not None:
             case.shown.append(visible)
 
-    def _visible(self, line: Line) -> Line | None:
+    def _visible(self, case: Case, line: Line) -> Line | None:
         """What the lead may see of a line: never a message that may quote data."""
         code = line.fields.get("code")
         if isinstance(code, str) and "message" in line.fields:
             told = error_from(code, str(line.fields["message"]), "").told_others()
             line = line.model_copy(update={"fields": {**line.fields, "message": told["message"]}})
-        return self._rules().visible(line)
+        return self._rules().visible(line, hiding=case.hiding)
 
     def _rules(self) -> Show:
         try:
@@ -108,7 +108,7 @@ class Logbook:
         shown: deque[Line] = deque(maxlen=case.shown.maxlen)
         page = self._hall.store.lines(case.job, party=self._hall.me, limit=_PAGE)
         while page:
-            visible = [self._visible(line) for _, _, line in page if number < line.number < first]
+            visible = [self._visible(case, line) for _, _, line in page if number < line.number < first]
             shown.extend(line for line in visible if line is not None)
             whole = len(page) == _PAGE
             page = (

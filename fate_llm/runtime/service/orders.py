@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fate_llm.core.canonical import digest
 from fate_llm.core.errors import FateError
+from fate_llm.core.values import SumFloor
 from fate_llm.pipelines import check, make_plan
 from fate_llm.pipelines.schema import PipelineSpec
 from fate_llm.security.identity import Identity
@@ -33,12 +35,14 @@ def worker_order(
     catalog: Mapping[str, str],
     lost_after: float,
     floor: str,
+    sum_floor: SumFloor,
     audit: Mapping[str, str],
 ) -> dict[str, Any]:
     """The order of a durable worker. It holds this party's secret key and its password: it goes through a pipe only.
 
     folder: the job's. lost_after: seconds without a sign of life after which a party is given up. finished: outputs,
-    by task, of what is not run again. floor: the weakest protection that a sum may have.
+    by task, of what is not run again. floor: the weakest protection that a sum may have. sum_floor: what the policy
+    asks of sums that hide terms.
     """
     members = signed.specification.members
     silence = max(_SILENCE, 2 * lost_after)  # the services notice sooner, and say so
@@ -60,6 +64,7 @@ def worker_order(
         "orphan": "exit",
         "catalog": dict(catalog),
         "floor": floor,
+        "sum_floor": asdict(sum_floor),
         "audit": dict(audit),
     }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from fate_llm.core.errors import FateError
 from fate_llm.pipelines.schema import PipelineSpec
+from fate_llm.pipelines.sums import hiding_tasks
 from fate_llm.security.randomness import random_id
 
 from ..trust.jobspec import SignedSpecification, make_specification, verify
@@ -15,7 +16,7 @@ from ..trust.policy import evaluate
 from .hall import Hall
 from .keeping import known_initiators
 from .orders import estimate
-from .words import Answer, Question, Trouble
+from .words import Answer, Estimates, Question, Trouble
 
 __all__ = ["Asked", "Questions"]
 
@@ -93,6 +94,8 @@ class Questions:
         except FateError as error:  # ours: nobody else learns what our files say, nor where they are
             self._hall.say(f"{question.question[:100]} of {sender} cannot be judged: {error.message}")
             return _trouble(question, error.code, f"the policy or catalogue of {self._hall.me} is not whole")
+        if sender != self._hall.me and hiding_tasks(spec):  # memory and time speak of this party's records
+            costs = Estimates(sent_bytes=costs.sent_bytes, received_bytes=costs.received_bytes)
         return Answer(question=question.question, findings=found.findings, estimates=costs)
 
     def _seconds(self, print_: str) -> float | None:

@@ -215,7 +215,8 @@ class TakingPart:
             return "", "refuse", (Finding(rule="policy", outcome="refuse", found=text[:2000]),)
         hours = None if policy.resources is None else policy.resources.hours
         floor = PROTECTIONS[0] if policy.protection is None else policy.protection.least
-        case.accept(Accepted(found.opens, policy.digest, found.not_before or 0.0, hours, now, floor))
+        start = found.not_before or 0.0
+        case.accept(Accepted(found.opens, policy.digest, start, hours, now, floor, policy.sum_floor))
         missing = self._keeping.missing(case)
         if missing:
             text = f"outputs of {', '.join(missing)} are not kept here any more"
@@ -327,6 +328,7 @@ class TakingPart:
             catalog={name: path for name, path in paths.items() if name in accepted.opens},
             lost_after=case.part.lost_after,
             floor=accepted.floor,
+            sum_floor=accepted.sum_floor,
             audit={"folder": str(self._hall.audit.folder), "transcript": str(case.transcript)},
         )
         launch = LaunchSettings(nproc=settings.launch.nproc, deepspeed=settings.launch.deepspeed)
@@ -405,6 +407,8 @@ class TakingPart:
         if ending.state.value == "success":
             folders.append(case.own.path / "journal")
             self._hall.clerk.do(partial(self._keeping.register_models, case, ending))
+        else:  # what its sums kept was for another attempt, and there is none
+            folders += sorted((case.own.path / "journal").glob("*.sums"))
         self._hall.clerk.tidy(address, self._hall.me, inboxes, folders)
         self._hall.clerk.do(lambda: None, lambda _: self._tidied(case))
         self._hall.news.tell()

@@ -18,6 +18,7 @@ from typing import Literal
 
 from fate_llm.pipelines.check import check
 from fate_llm.pipelines.schema import PipelineSpec
+from fate_llm.pipelines.sums import hiding_tasks
 from fate_llm.runtime.service.words import Estimates, Finding
 
 from .catalog import Catalog
@@ -128,26 +129,30 @@ def _resources(policy: Policy, spec: PipelineSpec, me: str, estimates: Estimates
         text = "nothing; the policy needs `resources: {cpus: 4, memory: 16GiB, gpus: 0, hours: 12}`"
         yield _refuse("resources", f"{need.cpus:g} cpus, {need.gpus} gpus", text)
         return
+    hides = bool(hiding_tasks(spec))  # then nobody is told a number that speaks of this party's records
     yield _at_most("resources.cpus", need.cpus, limits.cpus, "cpus")
     yield _at_most("resources.gpus", need.gpus, limits.gpus, "gpus")
     estimated = None if estimates is None else estimates.memory_bytes
-    claims = [("the job asks for", need.memory), ("it is estimated to take", estimated)]
-    for what, size in claims:
+    claims = [("the job asks for", need.memory, False), ("it is estimated to take", estimated, hides)]
+    for what, size, quiet in claims:
         if size is not None:
-            yield _at_most("resources.memory", size, limits.memory, "bytes", what)
-    if all(size is None for _, size in claims):
+            yield _at_most("resources.memory", size, limits.memory, "bytes", what, quiet=quiet)
+    if all(size is None for _, size, _ in claims):
         yield Finding(rule="resources.memory", outcome="pass", found="not known", allowed=f"{limits.memory} bytes")
     minutes = None if estimates is None else estimates.minutes
     if minutes is None:
         allowed = f"{limits.hours:g} hours, and it is stopped then"
         yield Finding(rule="resources.hours", outcome="pass", found="not known", allowed=allowed)
     else:
-        yield _at_most("resources.hours", minutes / 60, limits.hours, "hours", "it is estimated to take")
+        yield _at_most("resources.hours", minutes / 60, limits.hours, "hours", "it is estimated to take", quiet=hides)
 
 
-def _at_most(rule: str, found: float, most: float, unit: str, what: str = "") -> Finding:
+def _at_most(rule: str, found: float, most: float, unit: str, what: str = "", *, quiet: bool = False) -> Finding:
+    """quiet: the number itself is not told."""
     fits = found <= most
     shown = f"{what} {found:.12g} {unit}".strip()
+    if quiet:
+        shown = f"{what} {'no more' if fits else 'more'}"
     return Finding(rule=rule, outcome="pass" if fits else "refuse", found=shown, allowed=f"at most {most:.12g} {unit}")
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,8 +16,10 @@ from fate_llm.core import plugins
 from fate_llm.core.canonical import digest
 from fate_llm.core.errors import FateError
 from fate_llm.core.names import nearest
+from fate_llm.core.values import SumFloor
 from fate_llm.pipelines.faults import Faults, field_names, leaves
 from fate_llm.pipelines.schema import Listed, Name, Size, Version, load_component
+from fate_llm.runtime.aggregates import only_aggregates
 from fate_llm.runtime.service.words import Line
 
 from .documents import Strict, checked, make_document, parse_document, refusal
@@ -143,7 +145,21 @@ class Protection(Strict):
 
     least: Literal["plain", "secagg", "ckks"] = Field(description="The weakest protection that is enough.")
     contributors: int = Field(
-        ge=1, description="Least number of contributors in every sum; a job's quorum may not be below it."
+        ge=1,
+        description="Least number of contributors in every sum; a job's quorum may not be below it. 2 tells the other "
+        "one this party's own values, however the sum is protected.",
+    )
+    threshold: int | None = Field(
+        None,
+        ge=1,
+        description="Least number of parties together with whom the coordinator could open one party's values, of sums "
+        "that have such a number; of n contributors more than 2n/3 when not given.",
+    )
+    clip: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Largest bound on the size of a value, of sums that have such a bound; any when not given.",
     )
 
 
@@ -173,11 +189,20 @@ class Show(Strict):
     logs: Annotated[
         Annotated[Literal["all", "none"], Tag(_WORD)] | Annotated[Listed[str], Tag(_MORE)], Discriminator(_form)
     ] = Field("none", description="Kinds of events with all of their fields.")
-    losses: bool = Field(False, description="Losses of this party's own records.")
+    losses: bool = Field(
+        False, description="Losses of this party's own records; never of a job with a sum that hides them."
+    )
     progress: bool = Field(False, description="Which task runs and which round it is in.")
 
-    def visible(self, line: Line) -> Line | None:
-        """What the guest sees of an event, None for nothing."""
+    def visible(self, line: Line, *, hiding: Collection[str] = ()) -> Line | None:
+        """What the guest sees of an event, None for nothing.
+
+        hiding: tasks of the job whose sums hide terms; then nothing of this party's own numbers, whatever is said here.
+        """
+        kept = only_aggregates(line.event, line.task, line.fields, hiding)
+        if kept is None:
+            return None
+        line = line.model_copy(update={"fields": kept})
         losses = {key for key in line.fields if "loss" in key.lower() or "perplexity" in key.lower()}
         if self.logs == "all" or (self.logs != "none" and line.event in self.logs):
             shown = line.fields.keys() - (set() if self.losses else losses)
@@ -243,6 +268,13 @@ class Policy(Strict):
         ]
     ] = Field(("any",), description="What a person decides: `any` job, one of a `new_initiator`, or by patterns.")
     retention: Retention | None = Field(None, description="How long jobs are kept; for ever when not given.")
+
+    @property
+    def sum_floor(self) -> SumFloor:
+        """What it asks of sums that hide terms."""
+        if self.protection is None:
+            return SumFloor()
+        return SumFloor(self.protection.contributors, self.protection.threshold, self.protection.clip)
 
     @property
     def digest(self) -> str:

@@ -9,12 +9,12 @@ from functools import cached_property
 from typing import Any
 
 from fate_llm.core.interfaces import Component
-from fate_llm.core.values import ArtifactKind, Role
+from fate_llm.core.values import ArtifactKind, Cohort, Role, SumFloor
 from fate_llm.pipelines.dialect import Path, dotted
 from fate_llm.pipelines.graph import waits_for
-from fate_llm.pipelines.parameters import plugin_fields
 from fate_llm.pipelines.resources import CATALOG, Resource, resources_of
 from fate_llm.pipelines.schema import Folder, PipelineSpec, sources_of
+from fate_llm.pipelines.sums import SumUse, counted, sums_of, usual_threshold
 from fate_llm.runtime.service.words import Finding
 
 from .catalog import Catalog
@@ -228,12 +228,12 @@ def _protections(part: Part) -> Iterator[Finding]:
     """Of every sum that this party takes part in with somebody else."""
     for task in part.tasks:
         cohort = part.spec.cohort(task)
-        sums = {
-            field.name
+        uses = [
+            use
             for party in part.spec.parties_of(task)
-            for field in plugin_fields(part.components[task].Params, part.spec.params_for(party, task))
-            if field.kind == "sum"
-        }
+            for use in sums_of(part.components[task].Params, part.spec.params_for(party, task))
+        ]
+        sums = {use.name for use in uses}
         if not sums or len(cohort.members) < 2:
             continue
         least = part.policy.protection
@@ -249,6 +249,28 @@ def _protections(part: Part) -> Iterator[Finding]:
         yield Finding.model_validate(
             {"rule": f"protection.{task}", "outcome": outcome, "found": found, "allowed": allowed}
         )
+        yield from _hidden(task, [use for use in uses if use.hides_terms], cohort, part.policy.sum_floor)
+
+
+def _hidden(task: str, uses: list[SumUse], cohort: Cohort, floor: SumFloor) -> Iterator[Finding]:
+    """Of sums that hide terms: who counts in them, their threshold, their clip; of all parties the worst."""
+    if not uses:
+        return
+    count = counted(cohort)
+    text = f"{count} contributors that count" + (", who adds up does not" if cohort.coordinator_contributes else "")
+    yield _limit(f"protection.{task}.contributors", count >= floor.contributors, text, f"at least {floor.contributors}")
+    thresholds = [threshold for use in uses if (threshold := use.threshold(cohort)) is not None]
+    if thresholds:
+        least = usual_threshold(count) if floor.threshold is None else floor.threshold
+        found = min(thresholds)
+        yield _limit(f"protection.{task}.threshold", found >= least, f"{found} of {count}", f"at least {least}")
+    clips = [clip for use in uses if (clip := use.clip) is not None]
+    if clips and floor.clip is not None:
+        yield _limit(f"protection.{task}.clip", max(clips) <= floor.clip, f"{max(clips):g}", f"at most {floor.clip:g}")
+
+
+def _limit(rule: str, fits: bool, found: str, allowed: str) -> Finding:
+    return Finding(rule=rule[:_TEXT], outcome="pass" if fits else "refuse", found=found, allowed=allowed)
 
 
 def _rank(name: str) -> int:

@@ -85,6 +85,7 @@ class Clerk:
     def __init__(self, artifacts: ArtifactStore, office: Office) -> None:
         self.waiting: deque[Callable[[], None]] = deque()
         self.tidied: list[list[str]] = []
+        self.emptied: list[list[str]] = []  # names of the folders that went with them
         self._artifacts, self._office = artifacts, office
 
     def do(self, work: Any, then: Any = None, failed: Any = None) -> None:
@@ -105,6 +106,7 @@ class Clerk:
         self.do(lambda: {n: self._artifacts.put(Path(p), kind=kinds[n]).digest for n, p in outputs.items()}, then)
 
     def tidy(self, address: Any, party: str, inboxes: list[str], folders: list[Path]) -> None:
+        self.emptied.append([path.name for path in folders])
         self.do(lambda: self.tidied.append(inboxes))
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from fate_llm.core import plugins
-from fate_llm.core.errors import InternalError
+from fate_llm.core.errors import DataError, InternalError
+from fate_llm.core.values import SumFloor
 from fate_llm.pipelines import check
 from fate_llm.runtime.service import views
 from fate_llm.runtime.service.cases import Accepted
@@ -40,14 +41,15 @@ def test_what_was_accepted_and_how_it_ended_outlive_the_service(world: World) ->
     world.all_run(job)
     case = world["b"].case(job)
     assert case.accepted().judged > 0
-    accepted = Accepted(("loans",), "ab" * 32, 5.0, 2.5, 7.0)
+    accepted = Accepted(("loans",), "ab" * 32, 5.0, 2.5, 7.0, "secagg", SumFloor(4, 5, 0.5))
     case.accept(accepted)
     assert case.accepted() == accepted
     # A file of the version before, and one that a crash has damaged: nothing may be opened then
     path = case.folder.path / "accepted.json"
-    old = {key: value for key, value in json.loads(path.read_text()).items() if key != "judged"}
+    old = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("judged", "sum_floor")}
     path.write_text(json.dumps(old))
     assert case.accepted().judged == 0.0
+    assert case.accepted().sum_floor == SumFloor(3, None, None)
     path.write_text("{")
     assert case.accepted() == Accepted()
     # How it ended, with what every party did
@@ -83,6 +85,38 @@ def test_a_worker_is_told_what_it_needs_and_no_more(world: World) -> None:
             content = path.read_bytes()
             assert password.encode() not in content, path
             assert order["identity"].encode() not in content, path
+
+
+def test_a_worker_is_told_the_floor_of_its_party_s_own_policy(world: World) -> None:
+    # Given a party that asks more of sums than the others
+    path = world["b"].folder / "policy.yaml"
+    rule = "protection: {least: plain, contributors: 2}"
+    assert rule in path.read_text()
+    mine = "protection: {least: plain, contributors: 2, threshold: 5, clip: 0.5}"
+    path.write_text(path.read_text().replace(rule, mine))
+    # When the job starts, Then its worker is told so, and no other
+    job = world.submit()
+    world.all_run(job)
+    assert world["b"].workers.orders[job]["sum_floor"] == {"contributors": 2, "threshold": 5, "clip": 0.5}
+    assert world["a"].workers.orders[job]["sum_floor"] == {"contributors": 2, "threshold": None, "clip": None}
+    assert world["b"].case(job).accepted().sum_floor == SumFloor(2, 5, 0.5)
+
+
+@pytest.mark.parametrize("error", [None, DataError("row 3")])
+def test_what_sums_kept_goes_with_the_job(world: World, error: Any) -> None:
+    job = world.submit()
+    world.all_run(job)
+    own = world["b"].case(job).own.path / "journal"
+    for name in ("add.contributor", "add.contributor.sums", "add%2Ffinal%2F1.contributor.sums"):
+        (own / name).mkdir(parents=True)
+    for name in ("a", "z", "b"):
+        world[name].work(job, error)
+    world.ended(job)
+    emptied = {name for folders in world["b"].clerk.emptied for name in folders}
+    if error is None:
+        assert emptied == {"link", "journal"}
+    else:
+        assert emptied == {"link", "add.contributor.sums", "add%2Ffinal%2F1.contributor.sums"}
 
 
 @pytest.mark.usefixtures("world")

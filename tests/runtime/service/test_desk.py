@@ -14,7 +14,19 @@ from fate_llm.core.errors import ConfigurationError, PeerViolation, PolicyError,
 from fate_llm.pipelines import check
 from fate_llm.runtime.record.audit import audit_files
 from fate_llm.runtime.service import desk as desks
-from fate_llm.runtime.service.words import Ending, JobState, Line, Lines, News, PartState, Question, Report, TaskView
+from fate_llm.runtime.service import questions
+from fate_llm.runtime.service.words import (
+    Ending,
+    Estimates,
+    JobState,
+    Line,
+    Lines,
+    News,
+    PartState,
+    Question,
+    Report,
+    TaskView,
+)
 from fate_llm.runtime.trust.jobspec import Reuse, SignedSpecification, make_specification
 from tests.runtime import toys
 
@@ -533,3 +545,21 @@ def test_a_question_of_a_stranger_or_for_somebody_else_tells_nothing(world: Worl
     world.step()
     answers = [word for _, word in world["z"].sent if word.kind == "answer"]
     assert [answer.findings for answer in answers if hasattr(answer, "findings")] == [(), ()]
+
+
+def test_of_a_job_that_hides_terms_nobody_else_is_told_memory_or_time(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = Estimates(sent_bytes=11, received_bytes=12, memory_bytes=90_210_013, minutes=90_214.0)
+    monkeypatch.setattr(questions, "estimate", lambda *_: costs)
+    told = []
+    for hiding in (frozenset[str](), frozenset({"add"})):
+        monkeypatch.setattr(questions, "hiding_tasks", lambda spec, hiding=hiding: hiding)
+        asked = world["a"].desk.ask_all(pipeline())
+        world.until(asked.done.is_set)
+        page = world["a"].desk.plan_of(asked)["parties"]
+        assert page["a"]["estimates"]["memory_bytes"] == 90_210_013, "its own"
+        told.append(page["b"]["estimates"])
+    assert (told[0]["memory_bytes"], told[0]["minutes"]) == (90_210_013, 90_214.0)
+    assert (told[1]["memory_bytes"], told[1]["minutes"]) == (None, None)
+    assert (told[1]["sent_bytes"], told[1]["received_bytes"]) == (11, 12)

@@ -39,9 +39,9 @@ class Book:
 class Side:
     """A party with its logbook; `mail` is what it has sent."""
 
-    def __init__(self, me: str, show: Show | None = ALL) -> None:
+    def __init__(self, me: str, show: Show | None = ALL, hiding: frozenset[str] = frozenset()) -> None:
         self.book, self.mail, self.told = Book(), deque[Lines](), 0
-        self.show = show
+        self.me, self.show, self.hiding = me, show, hiding
 
         def policy() -> Any:
             if self.show is None:
@@ -64,8 +64,21 @@ class Side:
     def fresh_case(self) -> Any:
         signed = SimpleNamespace(digest="0" * 64)
         spec = SimpleNamespace(members=("a", "b"))
-        usual: dict[str, Any] = {"line": 0, "fresh": [], "shown": deque(maxlen=400), "reported": None, "sent": 0}
+        usual: dict[str, Any] = {
+            "hiding": self.hiding,
+            "line": 0,
+            "fresh": [],
+            "shown": deque(maxlen=400),
+            "reported": None,
+            "sent": 0,
+        }
         return SimpleNamespace(job="j", initiator="a", signed=signed, spec=spec, sent_at=0.0, came={}, **usual)
+
+    def fresh(self) -> Any:
+        """The case as the service knows it after a start."""
+        self.case = self.fresh_case()
+        self.case.line = self.book.last_line("j", self.me)
+        return self.case
 
     def numbers(self, party: str) -> list[int]:
         return sorted(number for who, number in self.book.rows if who == party)
@@ -123,6 +136,36 @@ def test_what_the_policy_hides_does_not_travel_and_leaves_no_gap() -> None:
     assert host.numbers("b") == [1, 2, 3]
     assert lead.numbers("b") == [1, 3]
     assert "loss" not in lead.book.rows["b", 1].fields
+
+
+def test_no_policy_shows_a_number_of_its_own_of_a_job_that_hides_terms() -> None:
+    # Given a party whose policy shows everything, in a job whose training hides its terms
+    lead, host = Side("a"), Side("b", ALL, frozenset({"tune"}))
+    own = {"rows": 90_210_001, "loss_tokens": 90_210_002, "skipped": 90_210_003}
+    host.log.note(host.case, "data", "reader", 1.0, own)
+    host.log.note(host.case, "encoded", "tune", 2.0, {"port": "train", **own})
+    host.log.note(host.case, "step", "tune", 3.0, {"round": 1, "rounds": 2, "steps": 90_210_004, "loss": 90_210_005.5})
+    row = {"round": 1, "rounds": 2, "loss": 2.5, "local_loss": 90_210_006.5, "tokens": 90_210_007}
+    host.log.note(host.case, "round", "tune", 4.0, row)
+    host.log.note(host.case, "round", "alone", 5.0, {**row, "loss": 90_210_008.5})
+    host.log.note(host.case, "scored", "evaluate", 6.0, {"model": "base", "records": 90_210_009})
+    host.log.note(host.case, "anything", "other", 7.0, {"text": "90210010 rows", "deep": {"n": [90_210_011]}})
+    host.log.note(host.case, "party_failed", "tune", 8.0, {"code": "protection", "message": "the weight 90210012"})
+    # When the lines reach the lead, and when the service was started again
+    exchange(lead, host, 10.0)
+    anew = Side("a")
+    host.log.reported(host.fresh(), 0)
+    exchange(anew, host, 20.0)
+    # Then it has the totals and the state, and not one of the party's numbers
+    for side in (lead, anew):
+        told = {(line.event, line.task): line.fields for (who, _), line in side.book.rows.items() if who == "b"}
+        assert "90210" not in str(side.book.rows)
+        assert told == {
+            ("round", "tune"): {"round": 1, "rounds": 2, "loss": 2.5},
+            ("round", "alone"): {"round": 1, "rounds": 2},
+            ("party_failed", "tune"): {"code": "protection"},
+        }
+    assert "90210007" in str(host.book.rows), "its own database has them"
 
 
 def test_a_policy_that_cannot_be_read_shows_nothing() -> None:

@@ -23,8 +23,9 @@ from fate_llm.security.identity import Identity
 from fate_llm.security.sealed_box import SealingKey
 
 PARTIES = ("bank-a", "bank-b", "hub")
-IDENTITIES = {party: Identity.from_bytes(bytes([at]) * 32) for at, party in enumerate(PARTIES, start=1)}
-SEALING = {party: SealingKey.from_bytes(bytes([at]) * 32) for at, party in enumerate(PARTIES, start=1)}
+CROWD = (*PARTIES, "bank-c", "bank-d")  # for jobs in which a party hides among others
+IDENTITIES = {party: Identity.from_bytes(bytes([at]) * 32) for at, party in enumerate(CROWD, start=1)}
+SEALING = {party: SealingKey.from_bytes(bytes([at]) * 32) for at, party in enumerate(CROWD, start=1)}
 NOW = 1_750_000_000.0  # a Sunday, 15:06:40 UTC
 
 CATALOG = Catalog(
@@ -113,6 +114,7 @@ class Tuning(_Quiet):
         peft: dict[str, Any] = Field(default_factory=dict)
         hooks: tuple[Hook, ...] = ()
         protection: str = Field("plain", json_schema_extra={"plugin": "sum"})
+        protection_params: dict[str, Any] = Field(default_factory=dict)
 
     inputs: ClassVar[dict[str, Port]] = {
         "train": Port(ArtifactKind.DATASET, "Rows.", required=False),
@@ -124,12 +126,19 @@ class Tuning(_Quiet):
 
 
 class Shown:
+    Params = Frozen
     hides_terms = False
+    needs_key_holder = False
     summary = "everything is seen"
 
 
 class Hidden:
+    class Params(Frozen):
+        clip: float = 1.0
+        threshold: int | None = None
+
     hides_terms = True
+    needs_key_holder = False
     summary = "nothing is seen"
 
 
@@ -155,8 +164,14 @@ def fakes() -> Any:
         yield
 
 
-def roster(**changes: Any) -> Federation:
-    """All three; changes: {party: {field: value}}, with `_` for `-`."""
+def crowded(data: dict[str, Any]) -> None:
+    """Four contributors and an arbiter."""
+    data["parties"]["hosts"] = ["bank-b", "bank-c", "bank-d"]
+    data["job"] = {}
+
+
+def roster(names: tuple[str, ...] = PARTIES, **changes: Any) -> Federation:
+    """All three, or these; changes: {party: {field: value}}, with `_` for `-`."""
     parties = {
         party: {
             "identity": IDENTITIES[party].public.to_text(),
@@ -164,7 +179,7 @@ def roster(**changes: Any) -> Federation:
             "broker": {"host": "hub.example"},
         }
         | changes.get(party.replace("-", "_"), {})
-        for party in PARTIES
+        for party in names
     }
     return make_federation(
         {"version": 1, "name": "loans", "vhost": "fate.loans", "topology": "shared", "parties": parties}
@@ -176,7 +191,9 @@ def specified(change: Callable[[dict[str, Any]], object] | None = None, **option
     data = copy.deepcopy(PIPELINE)
     if change is not None:
         change(data)
-    return make_specification(check(data), **({"job": "loans-1", "federation": roster(), "created": NOW} | options))
+    spec = check(data)
+    known = roster(PARTIES if set(spec.members) <= set(PARTIES) else CROWD)
+    return make_specification(spec, **({"job": "loans-1", "federation": known, "created": NOW} | options))
 
 
 def signed(change: Callable[[dict[str, Any]], object] | None = None, **options: Any) -> SignedSpecification:

@@ -10,19 +10,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fate_llm.core.errors import FateError
+from fate_llm.core.errors import ConfigurationError, FateError, PipelineInvalid
+from fate_llm.core.values import SumFloor
 from fate_llm.pipelines.check import check
 from fate_llm.runtime.service.words import Estimates, Finding
 from fate_llm.runtime.trust.catalog import EMPTY_CATALOG
 from fate_llm.runtime.trust.policy import MOST_FINDINGS, Evaluation, evaluate
 from fate_llm.runtime.trust.policy_schema import make_policy
-from tests.runtime.trust.conftest import CATALOG, NOW, PIPELINE, POLICY, judged, signed
+from tests.runtime.trust.conftest import CATALOG, NOW, PIPELINE, POLICY, crowded, judged, signed
 
 Change = Callable[[dict[str, Any]], object]
 
 
 def params(task: str, **values: Any) -> Change:
     return lambda data: data["tasks"][task]["params"].update(values)
+
+
+def both(*changes: Change) -> Change:
+    def change(data: dict[str, Any]) -> None:
+        for one in changes:
+            one(data)
+
+    return change
 
 
 def at(party: str, task: str, **values: Any) -> Change:
@@ -299,17 +308,97 @@ def test_a_folder_given_as_an_input_is_a_resource() -> None:
 )
 def test_the_weakest_protection(least: str, used: str, fits: bool) -> None:
     rules = {"protection": {"least": least, "contributors": 2}}
-    assert refused(judged(rules, params("tune", protection=used))) == (set() if fits else {"protection.tune"})
+    found = judged(rules, both(crowded, params("tune", protection=used)))
+    assert refused(found) == (set() if fits else {"protection.tune"})
 
 
-def test_a_weaker_protection_at_one_party_is_found() -> None:
-    rules = {"protection": {"least": "secagg", "contributors": 2}}
+def test_a_weaker_protection_at_one_party_is_no_pipeline() -> None:
+    with pytest.raises(PipelineInvalid) as raised:
+        judged(change=both(crowded, params("tune", protection="secagg"), at("bank-a", "tune", protection="plain")))
+    assert [fault.code for fault in raised.value.faults] == ["protection_differs"]
 
-    def weaker(data: dict[str, Any]) -> None:
-        params("tune", protection="secagg")(data)
-        at("bank-a", "tune", protection="plain")(data)
 
-    assert refused(judged(rules, weaker)) == {"protection.tune"}
+@pytest.mark.parametrize(
+    ("protection", "wanted", "rule", "found", "allowed"),
+    [
+        ({}, {}, None, "3 of 4", "at least 3"),
+        ({}, {"threshold": 4}, None, "4 of 4", "at least 3"),
+        ({}, {"threshold": 2}, "threshold", "2 of 4", "at least 3"),
+        ({"threshold": 2}, {"threshold": 2}, None, "2 of 4", "at least 2"),
+        ({"threshold": 4}, {}, "threshold", "3 of 4", "at least 4"),
+        ({"clip": 0.5}, {}, "clip", "1", "at most 0.5"),
+        ({"clip": 0.5}, {"clip": 0.5}, None, "0.5", "at most 0.5"),
+        ({}, {"clip": 1e6}, None, "", ""),
+        ({"contributors": 4}, {}, None, "4 contributors that count", "at least 4"),
+    ],
+)
+def test_a_sum_that_hides_terms_is_held_to_the_threshold_and_the_clip(
+    protection: dict[str, Any], wanted: dict[str, Any], rule: str | None, found: str, allowed: str
+) -> None:
+    rules = {"protection": {"least": "secagg", "contributors": 3} | protection}
+    said = judged(rules, both(crowded, params("tune", protection="secagg", protection_params=wanted)))
+    assert refused(said) == (set() if rule is None else {f"protection.tune.{rule}"})
+    if found:
+        name = rule or next((name for name in ("clip", "contributors") if name in protection), "threshold")
+        one = finding(said, f"protection.tune.{name}")
+        assert (one.found, one.allowed) == (found, allowed)
+    assert ("clip" in protection) == any(one.rule == "protection.tune.clip" for one in said.findings)
+
+
+def test_one_that_adds_up_does_not_count_among_the_contributors() -> None:
+    def alone(data: dict[str, Any]) -> None:
+        crowded(data)
+        del data["parties"]["arbiter"]
+
+    hidden = params("tune", protection="secagg")
+    for least, fits in ((3, True), (4, False)):
+        rules = {"protection": {"least": "secagg", "contributors": least}}
+        said = judged(rules, both(alone, hidden))
+        assert refused(said) == (set() if fits else {"protection.tune.contributors"})
+        one = finding(said, "protection.tune.contributors")
+        assert one.found == "3 contributors that count, who adds up does not"
+
+
+def test_what_is_seen_has_no_such_rules() -> None:
+    rules = {"protection": {"least": "plain", "contributors": 2, "threshold": 9, "clip": 0.001}}
+    said = judged(rules)
+    assert said.verdict == "accept"
+    assert [one.rule for one in said.findings if one.rule.startswith("protection")] == ["protection.tune"]
+
+
+def test_the_floor_of_sums_is_what_the_policy_says() -> None:
+    assert make_policy({key: value for key, value in POLICY.items() if key != "protection"}).sum_floor == SumFloor(
+        3, None, None
+    )
+    wanted = {"least": "plain", "contributors": 2, "threshold": 2, "clip": 0.5}
+    assert make_policy(POLICY | {"protection": wanted}).sum_floor == SumFloor(2, 2, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "text"),
+    [({"threshold": 0}, "threshold"), ({"clip": 0}, "clip"), ({"clip": float("inf")}, "clip"), ({"clap": 1}, "clap")],
+)
+def test_a_floor_that_says_nothing_is_refused(wanted: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigurationError, match=text):
+        make_policy(POLICY | {"protection": {"least": "plain", "contributors": 2} | wanted})
+
+
+def test_estimates_of_a_job_that_hides_terms_are_not_told_in_numbers() -> None:
+    # Given estimates that speak of this party's records
+    costs = Estimates(memory_bytes=1_234_567_890, minutes=77.0)
+    # Then a job that shows terms tells them, and one that hides terms says only whether they fit
+    seen, hidden = (
+        judged(estimates=costs),
+        judged(change=both(crowded, params("tune", protection="secagg")), estimates=costs),
+    )
+    assert "1234567890" in str(seen.findings)
+    for number in ("1234567890", "1.28", "77"):
+        assert number not in str(hidden.findings)
+    assert finding(hidden, "resources.hours").found == "it is estimated to take no more"
+    much = Estimates(memory_bytes=2**50, minutes=1e6)
+    found = judged(change=both(crowded, params("tune", protection="secagg")), estimates=much)
+    assert refused(found) == {"resources.memory", "resources.hours"}
+    assert str(2**50) not in str(found.findings)
 
 
 @pytest.mark.parametrize(("contributors", "quorum", "fits"), [(2, 2, True), (2, 1, False), (3, 2, False), (1, 1, True)])
