@@ -344,7 +344,8 @@ class SecureSum(Protocol):
     """How a weighted sum is computed; made with its `Params`.
 
     hides_terms: the coordinator learns the total and no term. needs_key_holder: a party in that role takes part.
-    summary: one line for lists. learns: by role, what it sees and what it does not, for the plan.
+    summary: one line for lists. label: how the record names it, with what weakens it. learns: by role, what it sees
+    and what it does not, for the plan.
     """
 
     Params: ClassVar[type[Frozen]]
@@ -352,6 +353,9 @@ class SecureSum(Protocol):
     needs_key_holder: ClassVar[bool]
     summary: ClassVar[str]
     learns: ClassVar[Mapping[str, str]]
+
+    @property
+    def label(self) -> str: ...
 
     def party(self, scene: SumScene) -> SumParty: ...
 

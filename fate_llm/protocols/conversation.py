@@ -121,15 +121,16 @@ class TaskChannel:
         """The next sum of this name, seen from one side."""
         self.account.used[name] += 1
         conversation = f"{self.task}/{name}/{self.account.used[name]}"
+        secure_sum = self.load_sum(protection, params)
         return Setting(
             channel=self.channel,
             task=conversation,
             cohort=self.cohort,
             rounds=1,
             patience=self.patience,
-            secure_sum=self.load_sum(protection, params),
+            secure_sum=secure_sum,
             emit=lambda event, **fields: None,
-            protection=protection,
+            protection=secure_sum.label,
             account=self.account,
             journal=self.journal(conversation) if side == "coordinator" else None,
             scene=None if self.scene is None else replace(self.scene, conversation=conversation),

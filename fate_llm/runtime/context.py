@@ -211,7 +211,7 @@ class TaskContext:
         keep: Mapping[str, Kept] = _NOTHING,
     ) -> ContributorDriver:
         secure_sum = self._setting.secure_sum(protection, protection_params)
-        setting = self._rounds("contributor", count, protection, secure_sum)
+        setting = self._rounds("contributor", count, secure_sum)
         return ContributorDriver(replace(setting, hooks=hooks, keep=keep), self.party)
 
     def coordinator_rounds(
@@ -225,14 +225,14 @@ class TaskContext:
         keep: Mapping[str, Kept] = _NOTHING,
     ) -> CoordinatorDriver:
         secure_sum = self._setting.secure_sum(protection, protection_params)
-        setting = self._rounds("coordinator", count, protection, secure_sum)
+        setting = self._rounds("coordinator", count, secure_sum)
         return CoordinatorDriver(replace(setting, hooks=hooks, keep=keep), keep_terms=keep_terms)
 
     def holder_rounds(self, *, protection: str, protection_params: Mapping[str, Any] = _UNSET) -> None:
         secure_sum = self._setting.secure_sum(protection, protection_params)
-        HolderDriver(self._rounds("holder", 1, protection, secure_sum)).run()
+        HolderDriver(self._rounds("holder", 1, secure_sum)).run()
 
-    def _rounds(self, side: str, count: int, protection: str, secure_sum: SecureSum) -> Setting:
+    def _rounds(self, side: str, count: int, secure_sum: SecureSum) -> Setting:
         # Every use is a conversation of its own: a late message of one never counts in the next.
         self._sessions += 1
         conversation = self.task if self._sessions == 1 else f"{self.task}#{self._sessions}"
@@ -244,7 +244,7 @@ class TaskContext:
             patience=self._setting.patience,
             secure_sum=secure_sum,
             emit=self.emit,
-            protection=protection,
+            protection=secure_sum.label,
             account=self._account,
             journal=self._setting.journal(side, conversation),
             scene=self._setting.scene(conversation, self.cohort),

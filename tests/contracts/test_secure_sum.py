@@ -576,6 +576,7 @@ def test_every_sum_that_hides_its_terms_hands_none_on(any_sum: SecureSum) -> Non
 
 
 def test_every_sum_says_what_it_is(any_sum: SecureSum) -> None:
+    assert any_sum.label.partition("+")[0] in NAMES
     assert any_sum.summary and isinstance(any_sum.hides_terms, bool) and isinstance(any_sum.needs_key_holder, bool)
     assert {"coordinator", "contributors"} <= any_sum.learns.keys()
     assert ("key_holder" in any_sum.learns) == any_sum.needs_key_holder

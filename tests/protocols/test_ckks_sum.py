@@ -147,6 +147,10 @@ def test_values_are_cut_to_the_clip() -> None:
     assert total.mean["w"] == pytest.approx([0.5, -0.5, 0.25], abs=total.error_bound)
 
 
+def test_the_record_says_when_the_key_is_shared() -> None:
+    assert (CkksSum().label, CkksSum(CkksSum.Params(shared_key=True)).label) == ("ckks", "ckks+shared_key")
+
+
 def test_all_at_the_clip_do_not_wrap_around() -> None:
     """The largest sum that there can be, and noise on top of it."""
     for count in (3, 8):

@@ -178,7 +178,7 @@ def test_a_sum_is_bound_to_job_attempt_conversation_and_floor(make_context: Make
     ctx = make_context(attempt=3, sum_floor=SumFloor(4, 5, 0.5), signer=signer)
     ctx._setting = dataclasses.replace(ctx._setting, roster=Roster("a", (), "z", "k"))
     # When it uses rounds twice
-    scenes = [ctx._rounds("contributor", 1, "plain", load_sum("plain")).scene for _ in range(2)]
+    scenes = [ctx._rounds("contributor", 1, load_sum("plain")).scene for _ in range(2)]
     # Then each has a conversation of its own, and all else is the same
     assert [scene.conversation for scene in scenes if scene is not None] == ["tune", "tune#2"]
     for scene in scenes:

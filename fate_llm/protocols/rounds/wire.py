@@ -113,6 +113,10 @@ class WiredSum:
     wire: Wire
     round_now: Callable[[], int]
 
+    @property
+    def label(self) -> str:
+        return self.inner.label
+
     def party(self, scene: SumScene) -> SumParty:
         return _Party(self.inner.party(scene), self.wire, self.round_now)
 

@@ -56,6 +56,10 @@ class CkksSum:
     def __init__(self, params: Params | None = None) -> None:
         self._params = params or self.Params()
 
+    @property
+    def label(self) -> str:
+        return "ckks+shared_key" if self._params.shared_key else "ckks"
+
     def _agree(self, scene: SumScene) -> Agreed:
         params = self._params
         return Agreed(scene, params.clip, params.largest_weight, params.shared_key)

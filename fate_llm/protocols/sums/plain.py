@@ -49,6 +49,7 @@ class PlainSum:
 
     hides_terms: ClassVar[bool] = False
     needs_key_holder: ClassVar[bool] = False
+    label: ClassVar[str] = "plain"
     summary: ClassVar[str] = "the coordinator sees every party's update, weight and metric sums"
     learns: ClassVar[Mapping[str, str]] = {
         "coordinator": "every party's update, weight and metric sums, each round",

@@ -29,6 +29,7 @@ class SecAgg:
 
     hides_terms: ClassVar[bool] = True
     needs_key_holder: ClassVar[bool] = False
+    label: ClassVar[str] = "secagg"
     summary: ClassVar[str] = "the coordinator sees the weighted mean and the metric sums of all, and no party's own"
     learns: ClassVar[Mapping[str, str]] = {
         "coordinator": (

@@ -14,6 +14,7 @@ from fate_llm.pipelines.sums import hiding_tasks
 
 from ..jobfolder import JobFolder, PartyFolder, write_json
 from ..trust.jobspec import SignedSpecification
+from ..trust.policy_schema import PROTECTIONS
 from .lead import LeadMachine
 from .part import PartMachine
 from .track import Track
@@ -40,7 +41,7 @@ class Accepted:
     not_before: float = 0.0
     hours: float | None = None
     judged: float = 0.0
-    floor: str = "ckks"
+    floor: str = PROTECTIONS[-1]
     sum_floor: SumFloor = field(default_factory=SumFloor)
 
 
@@ -126,7 +127,7 @@ class Case:
             found = json.loads((self.folder.path / _ACCEPTED).read_text())
         except (OSError, ValueError):
             return Accepted()
-        more = (found["hours"], found.get("judged", 0.0), found.get("floor", "ckks"))
+        more = (found["hours"], found.get("judged", 0.0), found.get("floor", PROTECTIONS[-1]))
         sum_floor = SumFloor(**found.get("sum_floor", {}))
         return Accepted(tuple(found["opens"]), found["policy"], found["not_before"], *more, sum_floor)
 

@@ -41,8 +41,10 @@ __all__ = [
     "make_policy",
 ]
 
-PROTECTIONS = ("plain", "secagg", "ckks")
-"""From the weakest on. A sum that is not among them counts as plain, whatever it promises."""
+PROTECTIONS = ("plain", "ckks", "secagg")
+"""From the weakest on: under `ckks` a coordinator that lies about what it adds is not found out, and the key holder
+with it opens everything. A sum that is not among them counts as plain, whatever it promises.
+"""
 
 _HINT = "`fate_llm party init` writes one that refuses everything; docs/how-to/write-a-policy.md shows the rest."
 _PROGRESS = {
@@ -143,7 +145,7 @@ class DataRule(Strict):
 class Protection(Strict):
     """How updates of this party are hidden, at least."""
 
-    least: Literal["plain", "secagg", "ckks"] = Field(description="The weakest protection that is enough.")
+    least: Literal["plain", "ckks", "secagg"] = Field(description="The weakest protection that is enough.")
     contributors: int = Field(
         ge=1,
         description="Least number of contributors in every sum; a job's quorum may not be below it. 2 tells the other "

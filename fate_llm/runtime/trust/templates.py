@@ -32,7 +32,7 @@ version: 1
 #data:
 #  loans-2025: {initiators: [bank-a], components: [reader, splitter, homo_llm_trainer, evaluator]}
 
-# How updates are hidden, at least (plain, secagg, ckks), and the least number of contributors of a sum. For sums that
+# How updates are hidden, at least (plain, ckks, secagg), and the least number of contributors of a sum. For sums that
 # hide them `threshold: 4` and `clip: 1.0` may stand there as well. Among two contributors nothing is hidden.
 #protection: {least: plain, contributors: 3}
 

@@ -149,7 +149,7 @@ class Clip:
 
 FAKES: dict[str, dict[str, Any]] = {
     "component": {"reading": Reading, "tuning": Tuning},
-    "sum": {"plain": Shown, "secagg": Hidden, "homebrew": Hidden},
+    "sum": {"plain": Shown, "secagg": Hidden, "ckks": Hidden, "homebrew": Hidden},
     "hook": {"clip": Clip},
 }
 

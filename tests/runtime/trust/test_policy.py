@@ -302,7 +302,9 @@ def test_a_folder_given_as_an_input_is_a_resource() -> None:
         ("plain", "secagg", True),
         ("secagg", "secagg", True),
         ("secagg", "plain", False),
-        ("ckks", "secagg", False),
+        ("ckks", "secagg", True),
+        ("secagg", "ckks", False),  # a coordinator that lies is not found out there
+        ("ckks", "plain", False),
         ("secagg", "homebrew", False),  # it says that it hides everything
     ],
 )
