@@ -46,13 +46,20 @@ def workers_of(home: Path) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            words = path.read_bytes()
-            opened = [os.readlink(link) for link in path.with_name("fd").iterdir()]
-        except OSError:
+            words, links = path.read_bytes(), list(path.with_name("fd").iterdir())
+        except OSError:  # it has ended
             continue
-        if b"fate_llm.runtime.worker" in words and any(name.startswith(f"{home}/") for name in opened):
+        if b"fate_llm.runtime.worker" in words and any(_target(link).startswith(f"{home}/") for link in links):
             found.append(int(path.parent.name))
     return found
+
+
+def _target(link: Path) -> str:
+    """What a link of /proc leads to; nothing when the file was closed meanwhile."""
+    try:
+        return os.readlink(link)
+    except OSError:
+        return ""
 
 
 @dataclass(slots=True)
