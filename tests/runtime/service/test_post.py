@@ -401,7 +401,7 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "later version": ("a", b"FATC\x02" + frame()[5:], "not a word of this version to us"),
     "another sender": ("c", frame("a"), "not a word of this version to us"),
     "another receiver": ("a", frame(receiver="c"), "not a word of this version to us"),
-    "changed": ("a", frame()[:-1] + b"\0", "not signed by the key that the roster pins"),
+    "changed": ("a", bytes([*(whole := frame())[:-1], whole[-1] ^ 1]), "not signed by the key that the roster pins"),
     "another key": ("a", frame(identity=IDENTITIES["c"]), "not signed by the key that the roster pins"),
     "another seal": ("a", frame(sealing_public=SEALINGS["c"].public), "not sealed for our key"),
     "no word": ("a", frame(word=b"{}"), "a word that this version does not know"),
